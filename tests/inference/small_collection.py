@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,12 @@ def local_rows(model: Path, sources: Any) -> list[dict[str, Any]]:
     return [result.to_dict() for result in results if not isinstance(result, Failure)]
 
 
-def jsonl_rows(out: Path) -> list[dict[str, Any]]:
-    """Rows of a collection, in the order of its shards; the Parquet files must have the same."""
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    """Rows of a collection, in the order of its shards."""
     import pyarrow.parquet as pq
 
-    files = sorted((out / "jsonl").iterdir())
-    rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
-    tables = sorted((out / "parquet").glob("*.parquet"))
-    assert [row for file in tables for row in pq.read_table(file).to_pylist()] == rows
-    return rows
+    files = sorted((out / "parquet").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def assert_same_rows(

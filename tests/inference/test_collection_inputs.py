@@ -13,7 +13,8 @@ import pytest
 from small_collection import save_images
 
 from retinanet.batch.inputs import iter_images, list_inputs
-from retinanet.batch.store import Store, open_files
+from retinanet.batch.store import Store
+from retinanet.data.archives import open_files
 from retinanet.errors import DataError, MissingExtraError
 from retinanet.inference import Failure, find_sources
 from retinanet.inference.sources import Source

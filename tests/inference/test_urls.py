@@ -28,6 +28,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.logins.append(self.headers["Authorization"])
+        if self.path == "/headers":
+            for _ in range(20):
+                self.wfile.write(b"X-Slow: 1\r\n" if _ else b"HTTP/1.0 200 OK\r\n")
+                time.sleep(0.05)
+            return
+        if self.path.startswith("/round"):
+            time.sleep(0.1)
+            self.send_response(302)
+            self.send_header("Location", f"{self.path}x")
+            self.end_headers()
+            return
         if self.path.startswith("/away"):
             self.send_response(302)
             self.send_header("Location", "file:///etc/hostname")
@@ -111,7 +122,7 @@ def test_urls_are_off_by_default(capsys: pytest.CaptureFixture[str]) -> None:
         ("/none", "cannot be fetched: Not Found"),
         ("/away", "cannot be fetched"),  # never a file of this machine
         ("/large", "over 100 bytes"),
-        ("/slow", "not fetched within 0.2 s"),
+        *((path, "not fetched within 0.2 s") for path in ("/slow", "/headers", "/round")),
     ],
 )
 def test_limits_of_fetch(server: str, path: str, message: str) -> None:

@@ -10,7 +10,6 @@ between machines and rebuilt when one dies, for a detector that waits for its ne
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -21,16 +20,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from retinanet import __version__, errors
 from retinanet.batch.inputs import is_archive, list_inputs
 from retinanet.batch.store import Store
-from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_files
+from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_file
 from retinanet.config import check_choice
-from retinanet.data.archives import is_remote
+from retinanet.data.archives import is_remote, one_line
 from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
 from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
@@ -40,18 +38,12 @@ from retinanet.model.checkpoint import load_checkpoint, write_checkpoint
 from retinanet.model.precision import Precision
 
 SUMMARY = "summary.json"
-VERSION = 3
+VERSION = 4
 
-_MAX_ROUNDS = 3  # in which shards that failed are repeated
+_MAX_TRIES = 3  # of a shard whose process dies
 _MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a kill loses the shards in work
 _CORES = 4  # per detector without a GPU; a network uses more of them poorly
-_STORE = 200_000_000  # bytes of Ray's object store besides the model: only lists go through it
 _STREAM: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": None}
-_RAY_DATA = {
-    "enable_progress_bars": False,
-    "print_on_execution_start": False,
-    "max_errored_blocks": -1,  # a shard that is lost with its machine is repeated afterwards
-}
 
 Progress = Callable[[int, int], None]
 """Called with the shards done and their number."""
@@ -95,14 +87,12 @@ def detect_collection(
     workers: int | None = None,
     shard_size: int | None = None,
     on_progress: Progress | None = None,
-    on_note: Callable[[str], None] | None = None,
     **options: Any,
 ) -> CollectionSummary:
     """Detect in a collection on a Ray cluster; shards that an earlier call wrote are skipped.
 
     Runs on the cluster that this process is connected to, else on that of ``RAY_ADDRESS``, else on
-    a cluster of this machine, else on a local one that is started and stopped again. Each machine
-    needs this package. The model's files are sent to it.
+    a cluster of this machine, else on a local one that is started and stopped again.
 
     Args:
         model: as :func:`retinanet.inference.load` takes it, on this machine.
@@ -115,7 +105,6 @@ def detect_collection(
         shard_size: inputs per shard; None: 16 to 256 by their number, or as the folder was begun. A
             tar file is a shard of its own.
         on_progress: called as shards are done.
-        on_note: called with messages for the user.
         options: of :func:`retinanet.inference.load`, ``device`` on the machine of each detector;
             and ``batch_size``, ``tile``, ``overlap`` of :meth:`Detector.stream`.
 
@@ -125,7 +114,7 @@ def detect_collection(
     Raises:
         ConfigError: a setting out of range, or `out` was begun with other settings, another model
             or other images.
-        DataError: a source stands for nothing, or a shard failed three times.
+        DataError: a source stands for nothing, or a shard failed.
         WeightsError: the model does not exist or cannot be used.
         MissingExtraError: Ray, or the package of an address, is not installed.
     """
@@ -146,38 +135,22 @@ def detect_collection(
     store = Store(out)
     # Base of relative paths; empty: there are none.
     base = "" if all(is_remote(path) or os.path.isabs(path) for path in inputs) else os.getcwd()
-    plan = _plan(base, inputs, shard_size) | _identity(detector, files, {**options, **stream})
-    shards = _cut(inputs, _check_plan(store, plan, any_size=shard_size is None))
-    done_before = len(shards) - len(_missing(store, shards))
-    if done_before < len(shards):
-        model_size = sum(map(len, files.values()))
-        # Ray prints the death of a process to the standard output, until it is shut down.
-        with redirect_stdout(sys.stderr), _cluster(ray, model_size), _ray_data(ray):
-            resources = Resources.of(ray, device, workers, on_note)
-            work = Work(
-                model=files,
-                model_name=name,
-                options={"device": device, **options},
-                stream=stream,
-                out=store,
-                base=base,
-                threads=resources.cpus,
-                fsspec=_fsspec_settings(),
-            )
-            _run_shards(ray, work, resources, shards, on_progress)
-    return _summarize(store, len(shards), done_before)
-
-
-def _plan(base: str, inputs: Sequence[str], shard_size: int | None) -> dict[str, Any]:
-    """Return what identifies the inputs of a collection."""
-    return {
+    plan = {
         "format": "retinanet collection",
         "version": VERSION,
-        "made by": f"retinanet {__version__}",
         "inputs": len(inputs),
         "listing": _digest(base, *inputs),
-        "shard_size": shard_size or min(_MAX_SHARD, max(_MIN_SHARD, -(-len(inputs) // _SHARDS))),
+        "shard_size": shard_size,
+        **_identity(detector, files, {**options, **stream}),
     }
+    shards = _cut(inputs, _check_plan(store, plan))
+    done_before = len(shards) - len(_missing(store, shards))
+    if done_before < len(shards):
+        work = Work(files, name, {"device": device, **options}, stream, store, base)
+        # Ray prints the death of a process to the standard output, until it is shut down.
+        with redirect_stdout(sys.stderr), _cluster(ray):
+            _run_shards(ray, work, workers, shards, on_progress)
+    return _summarize(store, len(shards), done_before)
 
 
 def _import_ray() -> Any:
@@ -246,7 +219,7 @@ def _identity(
     }
 
 
-def _check_plan(store: Store, plan: dict[str, Any], *, any_size: bool) -> int:
+def _check_plan(store: Store, plan: dict[str, Any]) -> int:
     """Compare with the folder's plan, or write it; returns the size of the folder's shards.
 
     Raises:
@@ -256,41 +229,37 @@ def _check_plan(store: Store, plan: dict[str, Any], *, any_size: bool) -> int:
     try:
         names = store.names()
         if not names:
+            size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
+            plan = {**plan, "shard_size": plan["shard_size"] or size}
             store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
             return int(plan["shard_size"])
-        if PLAN not in names:
-            raise ConfigError(
-                f"{store.address} contains other files, and no {PLAN}: choose another --out"
-            )
-        with store.open(PLAN) as file:
-            content = file.read()
+        content = b"{}"
+        if PLAN in names:
+            with store.open(PLAN) as file:
+                content = file.read()
     except RetinaNetError:
         raise
     except Exception as error:  # of a disk, or of any store
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{store.address} cannot be written to: {why}") from None
+        raise DataError(f"{store.address} cannot be written to: {one_line(error)}") from None
     try:
         old = dict(json.loads(content))
     except (ValueError, TypeError):
         old = {}
     if (old.get("format"), old.get("version")) != (plan["format"], plan["version"]):
         raise ConfigError(
-            f"{store.address}/{PLAN} is not of a collection of this version: choose another --out"
+            f"{store.address} contains other files, and no {PLAN} of this version: choose another "
+            "--out"
         )
-    if any_size:
-        plan = {**plan, "shard_size": old["shard_size"]}
-    for key in plan:
-        if old.get(key) == plan[key] or key == "made by":
-            continue
-        differs = f"with {key} {old.get(key)}, not {plan[key]}"
-        if key in ("model", "classes"):
-            differs = "with another model"
-        elif key in ("inputs", "listing"):
-            differs = f"for other images ({old.get('inputs')} inputs then, {plan['inputs']} now)"
-        raise ConfigError(
-            f"{store.address} was begun {differs}; choose another --out, or remove this one"
-        )
-    return int(plan["shard_size"])
+    for key, value in plan.items():
+        if old.get(key) != value and (key, value) != ("shard_size", None):
+            differs = f"{key} {old.get(key)}, not {value}"
+            if key in ("model", "listing"):
+                differs = f"another {key}"
+            raise ConfigError(
+                f"{store.address} was begun with {differs}; choose another --out, or remove this "
+                "one"
+            )
+    return int(old["shard_size"])
 
 
 def _cut(inputs: Sequence[str], size: int) -> list[list[str]]:
@@ -309,62 +278,40 @@ def _cut(inputs: Sequence[str], size: int) -> list[list[str]]:
 def _missing(store: Store, shards: Sequence[object]) -> list[int]:
     """Return the shards whose Parquet file does not exist."""
     done = {f"parquet/{name}" for name in store.names("parquet")}
-    return [shard for shard in range(len(shards)) if shard_files(shard)[1] not in done]
+    return [shard for shard in range(len(shards)) if shard_file(shard) not in done]
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """Resources of the detectors.
+def share_resources(ray: Any, device: str, workers: int | None) -> tuple[int, int, int]:
+    """Share the cluster's processors and GPUs among the detectors.
 
-    Attributes:
-        workers: number of detectors.
-        cpus: processors of each.
-        gpus: GPUs of each, 0 or 1.
+    Returns:
+        Number of detectors, and processors and GPUs (0 or 1) of each.
+
+    Raises:
+        ConfigError: a GPU is wanted and the cluster has none.
     """
-
-    workers: int
-    cpus: int
-    gpus: int
-
-    @classmethod
-    def of(
-        cls, ray: Any, device: str, workers: int | None, note: Callable[[str], None] | None
-    ) -> Resources:
-        """Share the cluster's processors and GPUs among the detectors.
-
-        Raises:
-            ConfigError: a GPU is wanted and the cluster has none.
-        """
-        nodes = [
-            (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-            for node in ray.nodes()
-            if node["Alive"]
-        ]
-        gpus = device.startswith("cuda") or (device == "auto" and any(gpu for _, gpu in nodes))
-        if gpus:
-            nodes = [node for node in nodes if node[1]]
-            if not nodes:
-                raise ConfigError("the cluster has no GPU (yet): give --device cpu, or auto")
-        if workers is None:
-            cores = sum(cpu for cpu, _ in nodes)
-            workers = max(1, sum(gpu for _, gpu in nodes) if gpus else cores // _CORES)
-
-        def capacity(cpus: int) -> int:
-            return sum(min(cpu // cpus, gpu if gpus else cpu) for cpu, gpu in nodes)
-
-        max_cpus = max((cpu for cpu, _ in nodes), default=1)
-        cpus = next((each for each in range(max_cpus, 0, -1) if capacity(each) >= workers), 1)
-        if capacity(1) < workers and note is not None:
-            kind = "GPUs" if gpus else "cores"
-            note(
-                f"the cluster has {kind} for {capacity(1)} of {workers} workers now; "
-                "the others wait"
-            )
-        return cls(workers, cpus, int(gpus))
+    nodes = [
+        (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= 1
+    ]
+    with_gpu = [node for node in nodes if node[1]]
+    if device.startswith("cuda") and not with_gpu:
+        raise ConfigError("the cluster has no GPU (yet): give --device cpu, or auto")
+    use_gpus = bool(with_gpu) and device != "cpu"
+    if use_gpus:
+        nodes = with_gpu
+    cores = sum(cpu for cpu, _ in nodes)
+    if workers is None:
+        workers = sum(gpu for _, gpu in nodes) if use_gpus else cores // _CORES
+    workers = max(1, workers)
+    # No more than the smallest machine has, so that every machine takes part.
+    cpus = min([cores // workers, *(cpu for cpu, _ in nodes)])
+    return workers, max(1, cpus), int(use_gpus)
 
 
 @contextmanager
-def _cluster(ray: Any, model_size: int) -> Iterator[None]:
+def _cluster(ray: Any) -> Iterator[None]:
     """Connect to a cluster, or start a local one, and disconnect or stop it at the end.
 
     Raises:
@@ -373,128 +320,78 @@ def _cluster(ray: Any, model_size: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    local = {"include_dashboard": False, "object_store_memory": _STORE + 2 * model_size}
-    with _no_stderr():
-        if address != "local":
-            try:
-                ray.init(address=address or "auto", **quiet)
-            except (ConnectionError, ValueError) as error:
-                if address:
-                    why = next(iter(str(error).splitlines()), "")
-                    raise DataError(
-                        f"no Ray cluster answers at RAY_ADDRESS {address}: {why}; unset it to work "
-                        "on this machine alone"
-                    ) from None
-                address = "local"
-        if address == "local":
-            ray.init(address="local", **local, **quiet)
+    try:
+        # The cluster of RAY_ADDRESS, else one of this machine, else a new one.
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise DataError(
+            f"no Ray cluster answers at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')}: "
+            f"{str(error).partition(chr(10))[0]}; unset it to work on this machine alone"
+        ) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Discard what Ray's core writes to the process's standard error."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-@contextmanager
-def _ray_data(ray: Any) -> Iterator[None]:
-    """Set Ray Data to continue after lost shards, without output, and restore it at the end."""
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before, level = {name: getattr(context, name) for name in _RAY_DATA}, logger.level
-    for name, value in _RAY_DATA.items():
-        setattr(context, name, value)
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            # Ray 2.60 deprecates max_task_retries, and has no replacement.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        logger.setLevel(level)
-
-
-def _fsspec_settings() -> dict[str, Any]:
-    import fsspec
-
-    return {kind: dict(settings) for kind, settings in fsspec.config.conf.items()}
-
-
 def _run_shards(
     ray: Any,
     work: Work,
-    resources: Resources,
+    workers: int | None,
     shards: Sequence[Sequence[str]],
     on_progress: Progress | None,
 ) -> None:
-    """Run the missing shards; those that fail are repeated when the others are done.
+    """Run the missing shards.
 
     Raises:
-        RetinaNetError: no detector can be loaded, or a shard fails in every round.
+        ConfigError: a GPU is wanted and the cluster has none.
+        DataError: no detector can be loaded, or a shard failed.
     """
-    reference = ray.put(work)
-    problems: dict[int, str] = {}
-    for _ in range(_MAX_ROUNDS):
-        missing = _missing(work.out, shards)
-        done = len(shards) - len(missing)
-        if on_progress is not None:
-            on_progress(done, len(shards))
-        if not missing:
-            return
-        rows = [{"shard": shard, "inputs": json.dumps(shards[shard])} for shard in missing]
+    import fsspec
+
+    settings = {kind: dict(values) for kind, values in fsspec.config.conf.items()}
+    workers, cpus, gpus = share_resources(ray, work.options["device"], workers)
+    work = replace(work, threads=cpus, fsspec=settings)
+    missing = _missing(work.out, shards)
+    done = len(shards) - len(missing)
+    report = on_progress or (lambda done, total: None)
+    report(done, len(shards))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # a shard that is lost with its machine does not end the rest
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    rows = [{"shard": shard, "inputs": json.dumps(shards[shard])} for shard in missing]
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates max_task_retries, and has no replacement.
+        warnings.simplefilter("ignore", DeprecationWarning)
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             ShardDetector,
-            fn_constructor_kwargs={"work": reference},
+            fn_constructor_kwargs={"work": ray.put(work)},
             compute=ray.data.ActorPoolStrategy(
-                size=min(resources.workers, len(rows)), max_tasks_in_flight_per_actor=2
+                size=min(workers, len(rows)), max_tasks_in_flight_per_actor=2
             ),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            max_task_retries=_MAX_ROUNDS,  # of a shard whose process dies; else without end
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_task_retries=_MAX_TRIES - 1,  # of a shard whose process dies; else without end
         )
+        problem = "its process died; was its memory enough?"
         for row in results.iter_rows():
             if row["fatal"]:
-                raise _as_error(str(row["error"]))
+                raise DataError(f"no detector can be loaded: {row['error']}")
             if row["error"]:
-                problems[int(row["shard"])] = str(row["error"])
-                continue
-            done += 1
-            if on_progress is not None:
-                on_progress(done, len(shards))
+                problem = str(row["error"])
+            else:
+                done += 1
+                report(done, len(shards))
     if missing := _missing(work.out, shards):
-        problem = problems.get(missing[0], "its process died; was its memory enough?")
         raise DataError(
-            f"{len(missing)} of {len(shards)} shards failed {_MAX_ROUNDS} times; shard "
-            f"{missing[0]}: {problem}; rerun the command to resume"
+            f"{len(missing)} of {len(shards)} shards failed, the last: {problem}; rerun the "
+            "command to resume"
         )
-
-
-def _as_error(text: str) -> RetinaNetError:
-    """Return the error of another process, from its class's name and its text."""
-    name, _, message = text.partition(": ")
-    kind = getattr(errors, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, RetinaNetError)):
-        return DataError(f"no detector can be loaded there: {text}")
-    return DataError(message) if kind is MissingExtraError else kind(message)
 
 
 def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary:
-    """Write the tables of errors and the summary, from the metadata of all shards."""
-    import pyarrow as pa
+    """Write the list of errors and the summary, from the metadata of all shards."""
     import pyarrow.parquet as pq
 
     objects: Counter[str] = Counter()
@@ -503,7 +400,7 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
     failures: list[dict[str, str]] = []
 
     def read(shard: int) -> dict[str, Any]:
-        with store.open(shard_files(shard)[1]) as file:
+        with store.open(shard_file(shard)) as file:
             metadata = pq.read_metadata(file).metadata[METADATA]
         return dict(json.loads(metadata))
 
@@ -515,10 +412,6 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
             failures += metadata["errors"]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failures]
     store.write("errors.jsonl", "".join(lines))
-    schema = pa.schema({"file": pa.string(), "reason": pa.string()})
-    table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(failures, schema), table, compression="zstd")
-    store.write("errors.parquet", table.getvalue())
     summary = CollectionSummary(
         out=store.address,
         images=images,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from retinanet.batch.store import open_files
-from retinanet.data.archives import is_remote
+from retinanet.data.archives import is_remote, one_line, open_files
 from retinanet.data.image_files import IMAGE_SUFFIXES
 from retinanet.errors import DataError, ImageError, MissingExtraError
 from retinanet.inference.detections import Failure
@@ -74,32 +72,28 @@ def _expand(given: str, outputs: OutputFilter) -> list[str]:
         if not exists and not glob.has_magic(path):
             raise DataError(f"{given}: there is no such file or folder")
         if exists and not is_folder:
-            return _read_list(files, path, given) or _checked(given, outputs)
-        listed = _list_remote if is_remote(given) else _list_local
-        names = listed(files, path, given, is_folder)
+            if PurePosixPath(path).suffix.lower() in LIST_SUFFIXES:
+                return _read_list(files, path, given)
+            if not is_remote(given):
+                outputs.check(given)
+            return [given]
+        if is_remote(given):
+            names = _list_remote(files, path, is_folder)
+        else:
+            listed = list_folder(given) if is_folder else match_glob(given)[1]
+            names = [str(file) for file in outputs.inputs(listed)]
     except DataError:
         raise
     except Exception as error:  # no key, no right, no network: each store has its own
-        raise DataError(f"{given}: cannot be accessed: {_text(error)}") from None
+        raise DataError(f"{given}: cannot be accessed: {one_line(error)}") from None
     inputs = [name for name in names if is_image_name(name) or is_archive(name)]
-    if not is_remote(given):
-        inputs = [name for name in inputs if not outputs.is_output(name)]
     if not inputs:
         problem = "no image in this folder" if is_folder else "no image matches"
         raise DataError(f"{given}: {problem} ({_SUFFIXES})")
     return inputs
 
 
-def _checked(given: str, outputs: OutputFilter) -> list[str]:
-    if not is_remote(given):
-        outputs.check(given)
-    return [given]
-
-
 def _read_list(files: Any, path: str, given: str) -> list[str]:
-    """Return the lines of a list file; empty if it is none."""
-    if PurePosixPath(path).suffix.lower() not in LIST_SUFFIXES:
-        return []
     with files.open(path, "rt", encoding="utf-8-sig") as file:
         lines = [name for line in file if (name := line.strip())]
     if not lines:
@@ -107,31 +101,19 @@ def _read_list(files: Any, path: str, given: str) -> list[str]:
     return lines
 
 
-def _list_local(files: Any, path: str, given: str, is_folder: bool) -> list[str]:
-    listed = list_folder(given) if is_folder else match_glob(given)[1]
-    return [str(file) for file in listed]
-
-
-def _list_remote(files: Any, path: str, given: str, is_folder: bool) -> list[str]:
-    from fsspec.utils import glob_translate
-
-    parts = path.split("/")
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    root = path.rstrip("/") if is_folder else "/".join(parts[:fixed])
-    depth = None if is_folder or "**" in path else len(parts) - fixed
-    matches = re.compile(".*" if is_folder else glob_translate(path)).match
-    prefix = given.rstrip("/") if is_folder else "/".join(given.split("/")[: fixed - len(parts)])
-    found = []
-    # Listed folder by folder: a folder that cannot be listed must not lose its images silently.
-    for folder, _, names in files.walk(root, maxdepth=depth, on_error="raise"):
-        below = folder.rstrip("/")[len(root) :].strip("/")
-        found += [f"{below}/{name}".lstrip("/") for name in names]
-    is_hidden = re.compile(r"(^|/)\.").search
-    return [
-        f"{prefix}/{name}"
-        for name in sorted(found, key=lambda name: name.split("/"))
-        if matches(f"{root}/{name}") and not is_hidden(name)
-    ]
+def _list_remote(files: Any, path: str, is_folder: bool) -> list[str]:
+    """List the addresses of the files below a folder, or those that match, without hidden ones."""
+    if is_folder:
+        # A folder that cannot be listed must not lose its images silently.
+        found = [
+            f"{folder}/{name}"
+            for folder, _, names in files.walk(path, on_error="raise")
+            for name in names
+            if "/." not in f"{folder}/{name}"[len(path.rstrip("/")) :]
+        ]
+    else:
+        found = files.glob(path)
+    return [files.unstrip_protocol(name) for name in sorted(found, key=lambda n: n.split("/"))]
 
 
 class RemoteSource(Source):
@@ -183,8 +165,4 @@ def _members(name: str) -> Iterator[Source]:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    return f"cannot be read: {_text(error)}"
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"cannot be read: {one_line(error)}"

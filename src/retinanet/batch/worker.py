@@ -1,4 +1,4 @@
-"""A detector of a collection: detects in the images of a shard and writes its two files."""
+"""A detector of a collection: detects in the images of a shard and writes its file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from retinanet.batch.inputs import iter_images
 from retinanet.batch.store import Store
 from retinanet.data.archives import is_remote
-from retinanet.errors import DataError, RetinaNetError
+from retinanet.errors import DataError
 from retinanet.inference.detections import Failure, ImageDetections
 from retinanet.inference.detector import load
 
@@ -52,8 +52,8 @@ class Work:
     stream: Mapping[str, Any]
     out: Store
     base: str
-    threads: int
-    fsspec: Mapping[str, Any]
+    threads: int = 1
+    fsspec: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ShardDetector:
@@ -65,35 +65,28 @@ class ShardDetector:
         Args:
             work: the :class:`Work`, or Ray's reference to it.
         """
-        self._error: Exception | None = None
+        self._error = ""
         try:
             if not isinstance(work, Work):
                 import ray
 
                 work = ray.get(work)
             self._set_up(work)
-        except (RetinaNetError, OSError, RuntimeError) as error:
+        except Exception as error:
             # Ray would restart the actor without end; the driver gets it with the first shard.
-            self._error = error
+            self._error = _describe(error)
 
     def _set_up(self, work: Work) -> None:
         import fsspec
 
         self._work = work
         fsspec.config.conf.update(work.fsspec)
-        host, advice = socket.gethostname(), "give a folder on a disk that all machines share"
         if work.base:
-            try:
-                os.chdir(work.base)
-            except OSError:
-                raise DataError(
-                    f"relative paths are of {work.base}, which is not on {host}: {advice}, or "
-                    "addresses such as s3://"
-                ) from None
+            os.chdir(work.base)
         if PLAN not in work.out.names():
             raise DataError(
-                f"{work.out.address} cannot be seen from {host}: {advice}, or an address such as "
-                "s3://"
+                f"{work.out.address} cannot be seen from {socket.gethostname()}: give a folder on "
+                "a disk that all machines share, or an address such as s3://"
             )
         torch.set_num_threads(work.threads)  # detectors share the processors of a machine
         with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
@@ -110,38 +103,35 @@ class ShardDetector:
         Returns:
             ``shard``; ``error``: empty, or why it failed; ``fatal``: whether every shard fails.
         """
-        shard, error = int(row["shard"]), ""
-        if self._error is not None:
-            error = f"{type(self._error).__name__}: {self._error}"
-        else:
+        shard, error = int(row["shard"]), self._error
+        if not error:
             try:
                 self._write(shard, json.loads(row["inputs"]))
-            except Exception as raised:  # a full disk, a network: the driver tries again
+            except Exception as raised:  # a full disk, a network: another call tries again
                 frame = traceback.extract_tb(raised.__traceback__)[-1]
-                where = f"{Path(frame.filename).name}:{frame.lineno}"
-                error = f"{type(raised).__name__}: {raised} ({where})"
-        return {"shard": shard, "error": error, "fatal": self._error is not None}
+                error = f"{_describe(raised)} ({Path(frame.filename).name}:{frame.lineno})"
+        return {"shard": shard, "error": error, "fatal": bool(self._error)}
 
     def _write(self, shard: int, inputs: Sequence[str]) -> None:
         workers = max(2, self._work.threads, _FETCHES if any(map(is_remote, inputs)) else 0)
         results = self._detector.stream(iter_images(inputs), workers=workers, **self._work.stream)
         with tempfile.TemporaryDirectory(prefix="retinanet-") as folder:
-            files = (Path(folder, "jsonl"), Path(folder, "parquet"))
-            write_shard(results, *files, network=self._detector.network.description)
-            # The Parquet file comes last: a shard that has it is complete.
-            for file, name in zip(files, shard_files(shard), strict=True):
-                self._work.out.write(name, file.read_bytes())
+            file = Path(folder, "parquet")
+            write_shard(results, file, network=self._detector.network.description)
+            self._work.out.write(shard_file(shard), file.read_bytes())
 
 
-def shard_files(shard: int) -> tuple[str, str]:
-    """Return the files of a shard's detections: JSON lines and Parquet."""
-    return f"jsonl/{shard:06d}.jsonl", f"parquet/{shard:06d}.parquet"
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
-def write_shard(
-    results: Iterator[ImageDetections | Failure], jsonl: Path, parquet: Path, *, network: str
-) -> None:
-    """Write detections as JSON lines and as Parquet, as they come; failures into the metadata."""
+def shard_file(shard: int) -> str:
+    """Return the file of a shard's detections."""
+    return f"parquet/{shard:06d}.parquet"
+
+
+def write_shard(results: Iterator[ImageDetections | Failure], file: Path, *, network: str) -> None:
+    """Write detections as Parquet, as they come; failures into the metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -152,10 +142,7 @@ def write_shard(
     images = 0
     errors: list[dict[str, Any]] = []
     objects: Counter[str] = Counter()
-    with (
-        jsonl.open("w", encoding="utf-8", newline="\n") as lines,
-        pq.ParquetWriter(parquet, schema, compression="zstd") as table,
-    ):
+    with pq.ParquetWriter(file, schema, compression="zstd") as table:
         while chunk := list(islice(results, _ROWS)):
             errors += [_encodable(item.to_dict()) for item in chunk if isinstance(item, Failure)]
             rows = [
@@ -163,7 +150,6 @@ def write_shard(
             ]
             images += len(rows)
             objects.update(found["class"] for row in rows for found in row["detections"])
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if rows:
                 table.write_table(pa.Table.from_pylist(rows, schema))
         metadata = {

@@ -244,9 +244,7 @@ def _detect_collection(
     # Ray prints messages of its processes on standard output, which is for the result.
     with progress("detecting (shards)") as update, redirect_stdout(sys.stderr):
         try:
-            summary = detect_collection(
-                model, sources, out, on_progress=update, on_note=note, **options
-            )
+            summary = detect_collection(model, sources, out, on_progress=update, **options)
         except KeyboardInterrupt:
             note("completed shards are kept: rerun the command to resume")
             raise
@@ -262,5 +260,5 @@ def _detect_collection(
     if summary.errors:
         reasons = [failure["reason"] for failure in summary.failures]
         note_failures(reasons, "file", total=summary.errors)
-        note(f"  errors.jsonl and errors.parquet in {summary.out} list all")
+        note(f"  errors.jsonl in {summary.out} lists all")
     return not summary.errors

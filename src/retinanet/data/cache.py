@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from retinanet.data.dataset import Dataset
-from retinanet.data.image_files import image_size
 from retinanet.data.images import REDUCTIONS, reduction
-from retinanet.errors import ImageError
 
 ReadResult = tuple[Tensor, tuple[int, int]]
 """(3, h, w) uint8, and (height, width) of the whole image: as of ``read_reduced``."""
 
 _MAX_SHARE = 0.5  # of the free memory, or of the free disk
-_SAMPLED_IMAGES = 200  # for the estimate of what all need
 
 # A row of the table per file: height and width of the whole image, 1 if its format has no reduced
 # decoding, and per factor offset, height and width of the pixels. An offset of 0 is none.
@@ -160,18 +157,16 @@ def _slot(
 def build_cache(
     dataset: Dataset, kind: Literal["none", "ram", "disk"]
 ) -> tuple[ImageCache | None, str | None]:
-    """Build the cache of a data set's files, by ``data.cache``, and a message if not all fit.
+    """Build the cache of a data set's files, by ``data.cache``, or a message why there is none.
 
     At most half of the free memory or disk is used, divided among the processes that train on this
-    machine (LOCAL_WORLD_SIZE).
+    machine (LOCAL_WORLD_SIZE); images beyond are read each time.
     """
     if kind == "none":
         return None, None
     if sys.platform != "linux":
         return None, f"warning: data.cache={kind} needs Linux: images are not cached"
     folder = None
-    numbers = file_numbers(dataset)
-    needed = _estimated_bytes(dataset)
     try:
         if kind == "disk":
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "retinanet"
@@ -180,36 +175,12 @@ def build_cache(
         else:
             free = psutil.virtual_memory().available
         capacity = int(free * _MAX_SHARE) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        # The estimate may be too low, and reductions come beside the whole image.
-        room = min(capacity, 2 * needed + 2**30)
-        cache = ImageCache(max(numbers, default=-1) + 1, room, folder)
+        return ImageCache(max(file_numbers(dataset), default=-1) + 1, capacity, folder), None
     except OSError as error:
         return None, f"warning: data.cache={kind}: {error}: images are not cached"
-    message = None
-    if needed > capacity:
-        what = "memory" if folder is None else f"disk of {folder}"
-        message = (
-            f"warning: data.cache={kind}: the images need up to {needed / 1e9:.1f} GB, and "
-            f"{capacity / 1e9:.1f} GB, a half of the free {what}, are used: about "
-            f"{capacity / needed:.0%} of the images are cached"
-        )
-    return cache, message
 
 
 def file_numbers(dataset: Dataset) -> list[int]:
     """Return the number of each item's file; the tiles of an image have one file."""
     numbers: dict[Path, int] = {}
     return [numbers.setdefault(image.path, len(numbers)) for image in dataset.images]
-
-
-def _estimated_bytes(dataset: Dataset) -> int:
-    """Bytes of all files decoded at full size, from the headers of a sample."""
-    paths = list(dict.fromkeys(image.path for image in dataset.images))
-    sizes = []
-    for path in paths[:: -(-len(paths) // _SAMPLED_IMAGES) or 1]:
-        try:
-            height, width = image_size(path)
-        except ImageError:  # reported when it is loaded
-            continue
-        sizes.append(3 * height * width)
-    return len(paths) * sum(sizes) // max(1, len(sizes))

@@ -86,7 +86,7 @@ class BatchLoader(DataLoader[Batch]):
 
     Attributes:
         unreadable: error message of each skipped image by its index in the data set.
-        message: a warning for the user, if any: not all images fit into the cache.
+        message: a warning for the user, if any: there is no cache.
         end: () int64 number of steps of a training, in shared memory: writing to it moves its last
             steps, which are without mosaic, copy-paste and mixup.
     """

@@ -23,16 +23,13 @@ MIN_TILE = 32
 _SMALLEST_ANCHOR, _OVERLAP, _MIN_GAIN = 32, 0.2, 1.5
 
 
-def tile_windows(
-    size: tuple[int, int], side: int, overlap: float, *, down_first: bool = False
-) -> Iterator[Window]:
-    """Yield tiles of equal size that cover an image, spread evenly.
+def tile_windows(size: tuple[int, int], side: int, overlap: float) -> Iterator[Window]:
+    """Yield tiles of equal size that cover an image, spread evenly, row by row.
 
     Args:
         size: height and width.
         side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
         overlap: minimum fraction of the side that adjacent tiles share.
-        down_first: column by column, else row by row.
 
     Yields:
         (x1, y1, x2, y2) pixels; nothing for an image that is not larger than a tile.
@@ -40,10 +37,7 @@ def tile_windows(
     if max(size) <= side:
         return
     rows, columns = (_spread(length, side, overlap) for length in size)
-    if down_first:
-        yield from ((x1, y1, x2, y2) for x1, x2 in columns for y1, y2 in rows)
-    else:
-        yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
+    yield from ((x1, y1, x2, y2) for y1, y2 in rows for x1, x2 in columns)
 
 
 def _spread(length: int, side: int, overlap: float) -> list[tuple[int, int]]:

@@ -10,8 +10,8 @@ import os
 import statistics
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import pairwise, product
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from retinanet.data.image_files import SIDEWAYS, image_errors, image_size, open_source
+from retinanet.data.image_files import image_errors, image_size, open_source
 from retinanet.data.images import (
     ImageSource,
     ValueRange,
@@ -35,7 +35,6 @@ from retinanet.data.images import (
     read_image,
     resize_pixels,
     to_rgb,
-    turn_upright,
 )
 from retinanet.errors import ImageError, MissingExtraError
 
@@ -43,7 +42,7 @@ Window = tuple[int, int, int, int]
 """x1, y1, x2, y2 in whole pixels of the upright image, within it."""
 
 CACHED_BYTES = 2**26
-"""Decoded tiles or strips of an image that are kept for the next window; at least those of one."""
+"""Decoded tiles or strips of an image that are kept for the next window; at least one."""
 
 _BAND_PIXELS = 2**20  # rows that are resized at a time have about as many
 _LEVEL_MARGIN = 2  # a pyramid level must have as many times the wanted size
@@ -54,12 +53,9 @@ class Windows(ABC):
 
     Attributes:
         size: (height, width) of the upright image.
-        down_first: windows below each other, rather than side by side, share tiles or strips: the
-            image is stored on its side.
     """
 
     size: tuple[int, int]
-    down_first: bool = False
 
     @abstractmethod
     def read(self, window: Window) -> Tensor:
@@ -86,13 +82,11 @@ class Windows(ABC):
 def open_windows(source: ImageSource, *, value_range: ValueRange | None = None) -> Windows:
     """Open an image for reading windows of it.
 
-    ==================  ========================================================================
-    TIFF, BigTIFF       with the extra ``tiff``: 8 and 16 bits and bilevel, in any compression of
-                        imagecodecs; other types of values need `value_range`. The first page;
-                        smaller pyramid levels serve :meth:`Windows.reduced`.
-    arrays and tensors  the window is converted; also ``numpy.memmap``
-    all else            JPEG, PNG, WebP, ...: decoded whole when the first window is read
-    ==================  ========================================================================
+    Of TIFF and BigTIFF (with the extra ``tiff``; the first page; upright; 8 and 16 bits and
+    bilevel, in any compression of imagecodecs, other types of values with `value_range`) only
+    tiles or strips are decoded, and smaller pyramid levels serve :meth:`Windows.reduced`. Of arrays
+    and tensors, also ``numpy.memmap``, the window is converted. All else (JPEG, PNG, ...) is
+    decoded whole when the first window is read.
 
     What is decoded at once, an image, a tile or a strip, may have at most 2 x
     ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (179 million). A file must stay where it is.
@@ -177,8 +171,8 @@ class _Whole(Windows):
                     f"{name}: too large to be decoded whole, and tifffile", "tiff"
                 ) from None
             raise ImageError(
-                f"{name}: {error}; save it as a tiled TIFF of 8 or 16 bits, of which windows are "
-                f"read (with a value_range= also of other types), or raise "
+                f"{name}: {error}; save it as an upright, tiled TIFF of 8 or 16 bits, of which "
+                f"windows are read (with a value_range= also of other types), or raise "
                 f"PIL.Image.MAX_IMAGE_PIXELS"
             ) from None
         assert not isinstance(source, Image.Image | Tensor | np.ndarray)
@@ -224,19 +218,19 @@ def _open_tiff(
             levels += [level.keyframe for level in tiff.series[0].levels[1:]]
         if len(levels) == 1:
             levels += [other.aspage() for other in tiff.pages]
-        orientation = page.tags.valueof("Orientation", 1)
         pages = [
             _TiffPage(name, stored, level, value_range)
             for level in levels
             if level is page or (_is_supported(level, value_range) and _is_same(level, page))
         ]
-    windows = _Pyramid(pages)
-    return windows if orientation not in range(2, 9) else _Turned(windows, orientation)
+    return _Pyramid(pages)
 
 
 def _is_supported(page: Any, value_range: ValueRange | None) -> bool:
-    """Return the colours can be converted here, window by window."""
+    """Return whether the colours can be converted here, window by window."""
     kind, samples = page.photometric, page.samplesperpixel
+    if page.tags.valueof("Orientation", 1) in range(2, 9):
+        return False
     needed = {_RGB: 3, _YCBCR: 3, _CMYK: 4}.get(kind, 1)
     if kind not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR):
         return False
@@ -251,7 +245,7 @@ def _is_supported(page: Any, value_range: ValueRange | None) -> bool:
 
 
 def _is_same(level: Any, page: Any) -> bool:
-    """Return a smaller level of the same image: of its aspect ratio and type."""
+    """Return whether `level` is a smaller one of the same image: of its aspect ratio and type."""
     height, width = level.shaped[2:4]
     scale_y, scale_x = page.shaped[2] / height, page.shaped[3] / width
     same_shape = abs(scale_y / scale_x - 1) < 0.02 and scale_y > 1
@@ -321,8 +315,8 @@ class _TiffPage(Windows):
                 f"{name}: one of its strips or tiles has {self._rows * self._columns} pixels, over "
                 f"{2 * limit}; save it as a TIFF in tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, int], npt.NDArray[Any]] = OrderedDict()
+        size = self._rows * self._columns * self._samples * self._dtype.itemsize
+        self._decode = lru_cache(max(1, CACHED_BYTES // size))(self._decode_piece)
 
     def read(self, window: Window) -> Tensor:
         with image_errors(self._name):
@@ -351,30 +345,16 @@ class _TiffPage(Windows):
         rows = range(y1 // self._rows, -(-y2 // self._rows))
         columns = range(x1 // self._columns, -(-x2 // self._columns))
         values = np.empty((y2 - y1, x2 - x1, self._samples), self._dtype)
-        cells = list(product(rows, columns))
-        for (row, column), piece in zip(cells, self._pieces(cells), strict=True):
+        for row, column in product(rows, columns):
+            piece = self._decode(row, column)
             top, left = row * self._rows, column * self._columns
             a, b = max(top, y1), min(top + self._rows, y2)
             c, d = max(left, x1), min(left + self._columns, x2)
             values[a - y1 : b - y1, c - x1 : d - x1] = piece[a - top : b - top, c - left : d - left]
         return values
 
-    def _pieces(self, cells: list[tuple[int, int]]) -> Iterator[npt.NDArray[Any]]:
-        """Return decoded tiles or strips, from the cache where an earlier window needed them."""
-        size = self._rows * self._columns * self._samples * self._dtype.itemsize
-        capacity = max(len(cells), CACHED_BYTES // size)
-        for cell in cells:
-            piece = self._cache.get(cell)
-            if piece is None:
-                piece = self._decode(*cell)
-            with self._lock:
-                self._cache[cell] = piece
-                self._cache.move_to_end(cell)
-                while len(self._cache) > capacity:
-                    self._cache.popitem(last=False)
-            yield piece
-
-    def _decode(self, row: int, column: int) -> npt.NDArray[Any]:
+    def _decode_piece(self, row: int, column: int) -> npt.NDArray[Any]:
+        """Decode a tile or strip."""
         planes, down, across = self._grid
         parts = []
         for plane in range(planes):
@@ -407,33 +387,6 @@ class _TiffPage(Windows):
         if self._alpha == _PREMULTIPLIED:
             return (rgb.int() + 255 - alpha).clamp_(max=255).to(torch.uint8)
         return ((rgb.int() * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
-
-
-class _Turned(Windows):
-    """An image stored in another orientation of EXIF than upright."""
-
-    def __init__(self, stored: Windows, orientation: int) -> None:
-        self._stored = stored
-        self._orientation = orientation
-        self.down_first = orientation in SIDEWAYS
-        height, width = stored.size
-        self.size = (width, height) if self.down_first else (height, width)
-
-    def read(self, window: Window) -> Tensor:
-        x1, y1, x2, y2 = window
-        height, width = self._stored.size
-        if self.down_first:
-            x1, y1, x2, y2 = y1, x1, y2, x2
-        if self._orientation in (2, 3, 7, 8):
-            x1, x2 = width - x2, width - x1
-        if self._orientation in (3, 4, 6, 7):
-            y1, y2 = height - y2, height - y1
-        return turn_upright(self._stored.read((x1, y1, x2, y2)), self._orientation)
-
-    def reduced(self, height: int, width: int) -> Tensor:
-        if self.down_first:
-            height, width = width, height
-        return turn_upright(self._stored.reduced(height, width), self._orientation)
 
 
 def _open_file(stored: str | os.PathLike[str] | BytesIO) -> BinaryIO:

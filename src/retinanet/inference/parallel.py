@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -43,22 +43,21 @@ def use_cores(cores: int) -> None:
 def map_ahead(
     call: Callable[[_T], _R], items: Iterable[_T], workers: int, *, cores: int = 1, ahead: int = 0
 ) -> Iterator[_R]:
-    """Yield the results of the calls in order, made in threads; a single item runs in this one.
+    """Yield the results of the calls in order, made in threads; the first is made in this one.
+
+    So it does not wait for the second item of a live source, and a single image has all cores.
 
     Args:
         call: may be called by several threads at once.
-        items: taken in the calling thread, at most `workers + ahead` before they are needed.
+        items: taken in the calling thread; after the first at most `workers + ahead` before they
+            are needed.
         workers: number of threads.
         cores: number of cores that torch uses in each.
         ahead: further items that are taken early.
     """
     items = iter(items)
-    first = list(islice(items, 2))
-    if len(first) < 2:
-        yield from map(call, first)
-        return
-    items = chain(first, items)
-    del first
+    for first in islice(items, 1):
+        yield call(first)
     pending: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers, "map", initializer=use_cores, initargs=(cores,)) as pool:
         try:

@@ -173,7 +173,7 @@ def cut_images(
         except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
             yield Piece(Tiled(source, failure=source.failure(error)))
             continue
-        tiles = tile_windows(windows.size, side, overlap, down_first=windows.down_first)
+        tiles = tile_windows(windows.size, side, overlap)
         window = next(tiles, None)
         image = Tiled(source, None if window is None else windows)
         yield Piece(image, is_last=window is None)

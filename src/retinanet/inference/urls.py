@@ -7,7 +7,9 @@ import re
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from time import monotonic
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -70,9 +72,38 @@ class UrlSource(Source):
 def fetch(url: str, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
     """Fetch the content of an http:// or https:// address.
 
+    Args:
+        url: the address.
+        max_bytes: maximum size.
+        max_seconds: maximum time, with the name's lookup, redirects and headers.
+
     Raises:
         ImageError: it cannot be fetched, is too large, or takes too long.
     """
+    shown, result = hide_password(url), Future[bytes]()
+
+    def run() -> None:
+        try:
+            result.set_result(_fetch(url, max_bytes, max_seconds))
+        except Exception as error:
+            result.set_exception(error)
+
+    # A socket's timeout is of each read, so that a slow server could take any time.
+    Thread(target=run, name="fetch", daemon=True).start()
+    try:
+        return result.result(max_seconds)
+    except TimeoutError:
+        raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, TimeoutError):
+            raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
+        raise ImageError(f"{shown}: cannot be fetched: {reason}") from None
+
+
+def _fetch(url: str, max_bytes: int, max_seconds: float) -> bytes:
     shown, ends = hide_password(url), monotonic() + max_seconds
     opener = urllib.request.OpenerDirector()
     for handler in _HANDLERS:
@@ -84,21 +115,11 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECO
         # Not sent on to where the server redirects.
         request.add_unredirected_header("Authorization", f"Basic {b64encode(login).decode()}")
     content = bytearray()
-    try:
-        with opener.open(request, timeout=max_seconds) as response:
-            while chunk := response.read1(_CHUNK):
-                content += chunk
-                if len(content) > max_bytes:
-                    raise ImageError(f"{shown}: over {max_bytes:,} bytes; download it yourself")
-                if monotonic() > ends:
-                    raise TimeoutError
-    except TimeoutError:
-        raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        reason = getattr(error, "reason", None) or error
-        if isinstance(reason, TimeoutError):
-            raise ImageError(f"{shown}: not fetched within {max_seconds:g} s") from None
-        raise ImageError(f"{shown}: cannot be fetched: {reason}") from None
+    with opener.open(request, timeout=max_seconds) as response:
+        while chunk := response.read1(_CHUNK):
+            content += chunk
+            if len(content) > max_bytes:
+                raise ImageError(f"{shown}: over {max_bytes:,} bytes; download it yourself")
+            if monotonic() > ends:
+                raise TimeoutError
     return bytes(content)

@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,6 @@ from retinanet.report.figure import (
     RED,
     SKY,
     Files,
-    draw_arrow,
-    draw_box,
-    draw_text,
     open_axes,
     shorten,
 )
@@ -242,10 +240,6 @@ def _plot_rows(
 
 # --- Figure 3 -------------------------------------------------------------------------------------
 
-_ROW = 1.5  # distance between levels, in units of the drawing
-_HEIGHT = 0.95  # of a level's box
-_MAPS, _LEVELS, _HEADS, _DETAILS = 2.4, 9.2, 14.2, 17.6  # column centres; last: left edge
-
 
 class Level(NamedTuple):
     """A feature map of Figure 3.
@@ -305,100 +299,65 @@ def plot_architecture(
         height, width: of the image in pixels, multiples of 32.
     """
     maps, levels = read_levels(model, height, width)
-    anchors = model.anchors.per_cell * sum(level.height * level.width for level in levels)
+    cells = sum(level.height * level.width for level in levels)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with open_axes(13.0, 1.5 + 0.95 * len(levels), stem) as (files, axis):
+    top = len(levels) - 0.4
+    with open_axes(9.4, 1.9 + 0.75 * len(levels), stem) as (files, axis):
         axis.axis("off")
-        _draw_maps(axis, maps, levels, f"image 3 x {height} x {width}")
-        _draw_levels(axis, maps, levels)
-        y = _ROW * (len(levels) - 1)
-        _draw_subnet(axis, "class", model.class_head, model.anchors.per_cell, 0.72 * y, y / 2)
-        _draw_subnet(axis, "box", model.box_head, model.anchors.per_cell, 0.22 * y, y / 2)
-        axis.set(xlim=(-0.2, 26.2), ylim=(-1.25, y + 1.1))
+        boxes = {"image": _draw_box(axis, 0, -1, f"image 3 x {height} x {width}", GREY)}
+        below = "image"
+        for i, level in enumerate(maps):
+            boxes[level.name] = _draw_box(axis, 0, i, _describe(level), ORANGE)
+            _draw_arrow(axis, boxes[below], boxes[level.name])
+            below = level.name
+        for i, level in enumerate(levels):
+            boxes[level.name] = _draw_box(axis, 2, i, _describe(level), SKY)
+            _draw_arrow(axis, boxes[level.source], boxes[level.name], level.kernel)
+            subnets = _draw_box(axis, 3.5, i, "class + box subnets", GREEN)
+            _draw_arrow(axis, boxes[level.name], subnets)
+        for low, high in pairwise(level.name for level in levels if level.output):
+            _draw_arrow(axis, boxes[high], boxes[low], "+ top-down, 2x", BLUE)
+        for x, title in ((0, "backbone"), (2, "feature pyramid"), (3.5, "shared by all levels")):
+            axis.text(x, top, title, ha="center", fontweight="bold")
+        text = f"then {levels[0].output} on each sum"
+        axis.text(2, -0.75, text, ha="center", fontsize=8, color=DARK)
+        per_cell = model.anchors.per_cell
+        for i, (name, head) in enumerate((("class", model.class_head), ("box", model.box_head))):
+            axis.text(0.8, -1.2 - 0.35 * i, _describe_head(name, head, per_cell), color=DARK)
+        axis.set(xlim=(-0.7, 4.1), ylim=(-1.7, top + 0.3))
         axis.set_title(
             f"{model.spec.backbone}, an image of {height} x {width} pixels: "
-            f"{anchors:,} anchors, {parameters / 1e6:.1f} million weights"
+            f"{per_cell * cells:,} anchors, {parameters / 1e6:.1f} million weights"
         )
     return files
 
 
-def _title(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
-    draw_text(axis, x, y, text, fontsize=9.5, fontweight="bold", **style)
-
-
-def _map_width(index: int) -> float:
-    return 4.6 - 0.55 * index
-
-
-def _shape(level: Level) -> str:
+def _describe(level: Level) -> str:
     stride = 2 ** int(level.name[1:])
     return f"{level.name}  /{stride}\n{level.channels} x {level.height} x {level.width}"
 
 
-def _draw_maps(axis: Any, maps: Sequence[Level], levels: Sequence[Level], image: str) -> None:
-    """Draw the backbone's maps, each next to the level of the same stride."""
-    draw_arrow(axis, (_MAPS, -1.05), (_MAPS, -_HEIGHT / 2), color=GREY)
-    draw_text(axis, _MAPS + 0.2, -0.95, image)
-    for i, level in enumerate(maps):
-        y = _ROW * i
-        draw_box(axis, _MAPS, y, (_map_width(i), _HEIGHT), _shape(level), ORANGE)
-        if i:
-            draw_arrow(axis, (_MAPS, y - _ROW + _HEIGHT / 2), (_MAPS, y - _HEIGHT / 2), color=GREY)
-    _title(axis, 0.0, _ROW * (len(levels) - 1) + _HEIGHT / 2 + 0.25, "backbone")
-
-
-def _draw_levels(axis: Any, maps: Sequence[Level], levels: Sequence[Level]) -> None:
-    """Draw the pyramid's levels, their sources, and the heads."""
-    label_x = _MAPS + 3.55
-    for i, level in enumerate(levels):
-        y, width = _ROW * i, 4.4 - 0.25 * i
-        left = _LEVELS - width / 2
-        draw_box(axis, _LEVELS, y, (width, _HEIGHT), _shape(level), SKY)
-        draw_arrow(axis, (_LEVELS + width / 2, y), (_HEADS - 1.15, y), color=GREY)
-        draw_box(axis, _HEADS, y, (2.3, _HEIGHT), "class + box\nsubnets", GREEN)
-        if level.output:  # lateral connection, and the level above added to it
-            draw_arrow(axis, (_MAPS + _map_width(i) / 2, y), (left, y))
-            draw_text(axis, label_x, y + 0.12, level.kernel, ha="center")
-            if levels[i + 1].output:
-                above = (_LEVELS, y + _ROW - _HEIGHT / 2)
-                draw_arrow(axis, above, (_LEVELS, y + _HEIGHT / 2), color=BLUE)
-                middle = (_LEVELS + 0.15, y + _ROW / 2)
-                draw_text(axis, *middle, "+ top-down, 2x", va="center", color=BLUE)
-        elif level.source == maps[-1].name:  # up from the last map, then right
-            top = (_MAPS, _ROW * (len(maps) - 1) + _HEIGHT / 2)
-            draw_arrow(axis, top, (left, y), connectionstyle="angle,angleA=90,angleB=0,rad=4")
-            draw_text(axis, label_x, y + 0.12, level.kernel, ha="center")
-        else:  # from the level below
-            draw_arrow(axis, (_LEVELS, y - _ROW + _HEIGHT / 2), (_LEVELS, y - _HEIGHT / 2))
-            draw_text(axis, _LEVELS + 0.15, y - _ROW / 2, level.kernel, va="center")
-    draw_text(axis, _LEVELS, -0.95, f"then {levels[0].output} on each sum", ha="center")
-    top_y = _ROW * (len(levels) - 1) + _HEIGHT / 2 + 0.25
-    _title(axis, _LEVELS, top_y, "feature pyramid", ha="center")
-    _title(axis, _HEADS, top_y, "shared by all levels", ha="center")
-
-
-def _draw_subnet(
-    axis: Any, name: str, head: nn.Module, per_cell: int, y: float, heads_y: float
-) -> None:
-    """Draw the layers of a head."""
+def _describe_head(name: str, head: nn.Module, per_cell: int) -> str:
     *hidden, last = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
-    channels, steps = [(hidden or [last])[0].in_channels], []
-    if hidden:
-        channels.append(hidden[-1].out_channels)
-        times = f"{len(hidden)} times\n" if len(hidden) > 1 else ""
-        steps.append(times + _kernel(hidden[0]))
-    channels.append(last.out_channels)
-    steps.append(_kernel(last))
-    _title(axis, _DETAILS, y + 1.0, f"{name} subnet")
-    for i, count in enumerate(channels):
-        x = _DETAILS + 0.9 + 3.25 * i
-        draw_box(axis, x, y, (1.9, 1.2), f"W x H\nx {count}", GREEN)
-        if i < len(steps):
-            draw_arrow(axis, (x + 0.95, y), (x + 2.3, y))
-            draw_text(axis, x + 1.62, y + 0.16, steps[i], ha="center", va="bottom")
+    layers = [f"{len(hidden)} x {_kernel(hidden[0])}, {hidden[-1].out_channels}"] if hidden else []
     outputs = f"{last.out_channels // per_cell} {'classes' if name == 'class' else 'offsets'}"
-    anchors = f"{per_cell} anchors per cell x {outputs}"
-    draw_text(axis, _DETAILS, y - 1.05, f"{last.out_channels} = {anchors}")
-    # From the heads' boxes to their layers.
-    start, end = (_HEADS + 1.25, heads_y), (_DETAILS - 0.15, y)
-    draw_arrow(axis, start, end, color=GREEN, arrowstyle="-", linestyle=":", linewidth=1.2)
+    layers.append(f"{_kernel(last)}, {last.out_channels} = {per_cell} anchors per cell x {outputs}")
+    return f"{name} subnet: {'; '.join(layers)}"
+
+
+def _draw_box(axis: Any, x: float, y: float, text: str, colour: str) -> Any:
+    style = {"boxstyle": "round,pad=0.4", "facecolor": f"{colour}30", "edgecolor": colour}
+    where = {"ha": "center", "va": "center"}
+    return axis.text(x, y, text, fontsize=8.5, color=DARK, bbox=style, **where)
+
+
+def _draw_arrow(axis: Any, start: Any, end: Any, label: str = "", colour: str = GREY) -> None:
+    """Draw an arrow from the edge of a box to that of another."""
+    ends = {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
+    style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0}
+    (x1, y1), (x2, y2) = start.get_position(), end.get_position()
+    axis.annotate("", (x2, y2), (x1, y1), arrowprops={**style, **ends})
+    if label:
+        beside = {"ha": "left"} if x1 == x2 else {"ha": "center", "va": "bottom"}
+        middle = ((x1 + x2) / 2 + 0.05 * (x1 == x2), (y1 + y2) / 2 + 0.08 * (y1 != y2 and x1 != x2))
+        axis.text(*middle, label, fontsize=8, color=DARK if colour == GREY else colour, **beside)

@@ -37,7 +37,7 @@ from retinanet.report import paper_plots
 from retinanet.report.figure import Files
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.report.paper_plots import SpeedMark
-from retinanet.report.speed_accuracy import detection_call, time_in_turns
+from retinanet.report.speed_accuracy import detection_call, spread_evenly, time_in_turns
 
 _TIMED_IMAGES = 8
 _ROUNDS = 7
@@ -147,12 +147,9 @@ def read_results(out: Path) -> list[TableResult]:
 
 def _measure(
     experiment: Experiment, out: Path, trainings: Trainings | None
-) -> tuple[TableResult, list[Path]]:
+) -> tuple[TableResult, Sequence[Path]]:
     """Return the result of an experiment, and its plots."""
     name, stem = experiment.name, out / "plots" / experiment.name
-    if name == "table2":
-        # "surpassing the accuracy of two-stage detectors at one-stage speed" (Abstract)
-        experiment = replace(experiment, columns=(*experiment.columns, "ms"))
     if trainings is None:
         result = collect_results(experiment, {}, {})
     else:
@@ -162,22 +159,21 @@ def _measure(
         result = collect_results(experiment, outcomes, about, milliseconds=times)
     match name:
         case "fig1":
-            files = figures.plot_focal_loss(stem)
+            return result, figures.plot_focal_loss(stem)
         case "fig2":
-            files = _plot_figure2(experiment, result, stem)
+            return result, _plot_figure2(experiment, result, stem)
         case "fig3":
-            files = figures.plot_architecture(_network(out, trainings), stem)
+            return result, figures.plot_architecture(_network(out, trainings), stem)
         case "fig4":
             return _measure_figure4(result, out, trainings, stem)
         case "fig5":
-            files = figures.plot_loss_variants(stem)
+            return result, figures.plot_loss_variants(stem)
         case "fig6":
-            files = figures.plot_loss_slopes(stem)
+            return result, figures.plot_loss_slopes(stem)
         case "fig7":
-            files = _plot_figure7(result, stem)
+            return result, _plot_figure7(result, stem)
         case _:
-            files = figures.plot_table(result, stem)
-    return result, [*files]
+            return result, figures.plot_table(result, stem)
 
 
 def _about(trainings: Trainings) -> dict[str, Any]:
@@ -218,8 +214,7 @@ def _time(experiment: Experiment, trainings: Trainings) -> dict[str, float]:
     Network and post-processing; rows that share a training share its time.
     """
     val = usable(trainings.splits["val"])[0]
-    count = min(_TIMED_IMAGES, len(val))
-    images = replace(val, images=tuple(val.images[i * len(val) // count] for i in range(count)))
+    images = replace(val, images=tuple(spread_evenly(val.images, _TIMED_IMAGES)))
     by_row = {
         row.key: training
         for row in experiment.rows
@@ -227,18 +222,19 @@ def _time(experiment: Experiment, trainings: Trainings) -> dict[str, float]:
     }
     unique = {training.name: training for training in by_row.values()}
     calls = {name: _call(training, trainings, images) for name, training in unique.items()}
-    times = time_in_turns(calls, _ROUNDS) if calls else {}
-    return {key: 1000 * times[training.name].median / count for key, training in by_row.items()}
+    times = time_in_turns(calls, _ROUNDS)
+    return {
+        key: 1000 * times[training.name].median / len(images) for key, training in by_row.items()
+    }
 
 
 def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable[[], object]:
     """Return a function that detects objects in images that are loaded before."""
     folder = training.folder(trainings.workers.out)
-    device: str | torch.device = trainings.workers.device
+    device = choose_device(trainings.workers.device)
     if not training.rival:
         detector = Detector(load_checkpoint(folder), device=device, precision="float32")
         return detection_call(detector, images)
-    device = choose_device(device)
     network = load_rival(folder, device)
     loader = eval_loader(
         images,
@@ -249,11 +245,11 @@ def _call(training: Training, trainings: Trainings, images: Dataset) -> Callable
     )
     batches = [batch.to(device) for batch in loader]
 
+    @torch.inference_mode()
     def call() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                for detections in network.detect(batch):
-                    detections.scores.cpu()  # waits for the device
+        for batch in batches:
+            for detections in network.detect(batch):
+                detections.scores.cpu()  # waits for the device
 
     return call
 
@@ -282,15 +278,14 @@ def _plot_figure2(experiment: Experiment, result: TableResult, stem: Path) -> Fi
 
 def _measure_figure4(
     result: TableResult, out: Path, trainings: Trainings | None, stem: Path
-) -> tuple[TableResult, list[Path]]:
+) -> tuple[TableResult, Sequence[Path]]:
     training = None if trainings is None else trainings.done(result.name, result.rows[0].key)
     if trainings is None or training is None:
         return result, []
     val, device = usable(trainings.splits["val"])[0], trainings.workers.device
     distribution = loss_distribution(training.folder(out), val, device=device)
-    write_atomic(
-        out / "fig4-distribution.json", json.dumps(distribution.to_dict(), indent=1) + "\n"
-    )
+    text = json.dumps(distribution.to_dict(), indent=1)
+    write_atomic(out / "fig4-distribution.json", text + "\n")
     curves = {"positives": distribution.positives, "negatives": distribution.negatives}
     hardest = {
         kind: {curve.gamma: curve.hardest[0.2] for curve in of_kind}
@@ -301,10 +296,11 @@ def _measure_figure4(
         about[f"share of the loss in the hardest 20% of {kind}"] = ", ".join(
             f"gamma {gamma:g}: {100 * share:.0f}%" for gamma, share in shares.items()
         )
+    title = training.name.rpartition("-")[0]
     files = paper_plots.plot_loss_distribution(
-        distribution, stem, title=training.name.rpartition("-")[0], published=_FIGURE_4_POINT
+        distribution, stem, title=title, published=_FIGURE_4_POINT
     )
-    return replace(result, claims=evaluate_loss_shares(hardest), about=about), [*files]
+    return replace(result, claims=evaluate_loss_shares(hardest), about=about), files
 
 
 def _plot_figure7(result: TableResult, stem: Path) -> Files:

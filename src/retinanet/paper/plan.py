@@ -60,19 +60,14 @@ _NOT_IN_NAME = ("data.workers", "train.trackers", "train.save_every", "train.see
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How rows are trained, the same for all rows of a command.
+    """How rows are trained, the same for all rows of a command: options of ``paper run``.
 
     Attributes:
-        data: labelled folder or file.
-        full: the paper's setting: its recipes at full length.
-        recipe: base of the rows without `full`.
         overrides: ``key=value``, applied after the recipe and before the rows' own.
         backbones: replace ResNet-50, ResNet-101 and ResNeXt-101, in this order; the last one also
-            replaces the rest; none: the paper's.
-        backbone_weights: likewise; none: the recipe's.
+            replaces the rest; none: the paper's. `backbone_weights` likewise.
         image_size: replaces the paper's 600 px; None: the recipe's. Not with `full`.
         steps: per row; None: the recipe's.
-        seeds: trainings per row, with seeds 0, 1, ...
     """
 
     data: Path
@@ -86,11 +81,7 @@ class Settings:
     seeds: int = 1
 
     def load_recipe(self, experiment: Experiment | None = None, more: Sequence[str] = ()) -> Recipe:
-        """Load the recipe of an experiment with the overrides, and `more` of them.
-
-        Raises:
-            ConfigError: a setting is unknown or out of range, or starts from another detector.
-        """
+        """Load the recipe of an experiment with the overrides, and `more` of them."""
         full = experiment.recipe if experiment else "paper_1x"
         # Rows differ in nothing but what they are about: no settings chosen from the data.
         overrides = [*self.overrides, *more, "auto=false"]
@@ -107,11 +98,7 @@ class Settings:
 class Training:
     """A training of one or several rows with the same settings.
 
-    Attributes:
-        name: of its folder in ``runs/``.
-        recipe: all settings.
-        rival: name of another detector; empty: RetinaNet.
-        seed: of weights and order.
+    `name` is that of its folder in ``runs/``; `rival` that of another detector, or empty.
     """
 
     name: str
@@ -179,11 +166,7 @@ def read_data(settings: Settings) -> dict[str, Dataset]:
 
 
 def check_networks(plan: Plan, classes: Sequence[str]) -> None:
-    """Build each kind of network once, with its weights, before the workers do.
-
-    Raises:
-        ConfigError, WeightsError, MissingExtraError: see :func:`build_retinanet`.
-    """
+    """Build each kind of network once, before the workers do, so that an error shows at once."""
     kinds = {
         (training.rival, training.recipe.model.model_dump_json()): training
         for training in plan.trainings

@@ -46,10 +46,6 @@ def train_rival(
     RetinaNet alone are not used: ``matching``, ``loss``, octave scales, head depth and prior.
     Validation has no loss.
 
-    Args:
-        name: of :data:`retinanet.paper.rivals.RIVALS`.
-        recipe, data, out, device, on_event: as for RetinaNet.
-
     Raises:
         ConfigError: there is no such rival, a setting is not supported, or there are several
             processes; and the errors of RetinaNet's training.
@@ -73,17 +69,9 @@ def evaluate_rival(
     batch_size: int = 1,
     **options: Any,
 ) -> Metrics:
-    """Compute AP and speed of a rival; it is in the same mode afterwards.
+    """Compute AP and speed of a rival on `device`; it is in the same mode afterwards.
 
-    Args:
-        network: is moved to `device`.
-        dataset: labelled images.
-        device, precision, batch_size: of the evaluation; the batch size does not change results.
-        options: of :func:`retinanet.evaluation.predict.run_batches`.
-
-    Raises:
-        ConfigError: an unknown device or precision.
-        DataError: the network predicts NaN or Inf, or too many images cannot be read.
+    `options` are those of :func:`retinanet.evaluation.predict.run_batches`.
     """
     device = choose_device(device)
     was_training = network.training

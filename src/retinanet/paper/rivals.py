@@ -58,12 +58,8 @@ _SMALLEST_ANCHOR = 32 / 600  # of the paper, as a fraction of the image's side
 class RivalSettings(BaseModel):
     """All that builds a rival: ``rival.json``.
 
-    Attributes:
-        rival: a name of :data:`RIVALS`.
-        classes: names in the order of the labels 0..K-1.
-        spec: of the RetinaNet whose backbone, weights, channels and anchor sizes it has.
-        image_size, max_size: shorter side, and maximum of the longer side of the images, pixels;
-            SSD's boxes are fractions of the shorter side.
+    `spec` is that of the RetinaNet whose backbone, weights, channels and anchor sizes it has;
+    `image_size`, the shorter side in pixels, is what SSD's boxes are fractions of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -117,16 +113,11 @@ class RivalNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def losses(self, batch: Batch, precision: str = "float32") -> Losses:
-        """Compute the losses in training mode; samplers draw from torch's generator.
+        """Compute the losses in training mode, summed over the stages.
 
-        Args:
-            batch: of :func:`retinanet.data.loading.train_loader`, on the network's device. Ignored
-                objects are left out: torchvision has no such label.
-            precision: of backbone and pyramid; heads and losses are in float32.
-
-        Returns:
-            Classification and box losses, each summed over the stages. `foreground` is the number
-            of objects per image.
+        Samplers draw from torch's generator. Ignored objects are left out: torchvision has no such
+        label. Only backbone and pyramid are in `precision`. `foreground` is the number of objects
+        per image.
         """
         targets = as_torchvision(batch.targets)
         self.detector.backbone.precision = precision
@@ -140,15 +131,7 @@ class RivalNetwork(nn.Module):
 
     @torch.inference_mode()
     def detect(self, batch: Batch, precision: str = "float32") -> list[Detections]:
-        """Detect objects in evaluation mode.
-
-        Args:
-            batch: of :func:`retinanet.data.loading.eval_loader`, on the network's device.
-            precision: as for :meth:`losses`.
-
-        Returns:
-            Detections per image, highest score first, boxes in pixels of the original image.
-        """
+        """Detect objects in evaluation mode, boxes in pixels of the original image."""
         sizes, originals = batch.sizes.tolist(), batch.original_sizes.tolist()
         images = [
             image[:, :height, :width].float()
@@ -315,12 +298,8 @@ def ssd_scales(levels: int, smallest: float) -> list[float]:
     """Return box sides as fractions of the image's, of each level and beyond the last.
 
     The first two are SSD512's, scaled so that the smallest box is 3/4 of RetinaNet's smallest
-    anchor, as in the two papers (.04 x 600 px and 32 px). The last is SSD512's, so that one box is
-    as large as the image; those between increase evenly.
-
-    Args:
-        levels: at least 3.
-        smallest: side of RetinaNet's smallest anchor as a fraction of the image's.
+    anchor (`smallest` of the image's side), as in the two papers (.04 x 600 px and 32 px). The last
+    is SSD512's, so that one box is as large as the image; those between increase evenly.
     """
     factor = smallest / _SMALLEST_ANCHOR
     # Not decreasing if the smallest anchor is nearly as large as the image.
@@ -340,11 +319,7 @@ def _halving(width: int, channels: int) -> nn.Sequential:
 
 
 def as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
-    """Convert targets to torchvision's, without padding and ignored objects.
-
-    Returns:
-        Per image: ``boxes`` (M, 4) float32 pixels, ``labels`` (M,) int64 1..K; 0 is the background.
-    """
+    """Convert targets to torchvision's, labels 1..K, without padding and ignored objects."""
     return [
         {"boxes": boxes[labels >= 0], "labels": labels[labels >= 0] + 1}
         for boxes, labels in zip(targets.boxes, targets.labels, strict=True)
@@ -356,7 +331,6 @@ def check_rival(name: str, recipe: Recipe) -> None:
 
     Raises:
         ConfigError: there is no such rival or backbone, or a setting is not supported.
-        MissingExtraError: timm is not installed.
     """
     check_choice("rival", name, RIVALS)
     if recipe.detect.class_agnostic_nms:
@@ -381,9 +355,7 @@ def build_rival(name: str, recipe: Recipe, classes: Sequence[str]) -> RivalNetwo
     with ``model.p2`` they start at P2 already.
 
     Raises:
-        ConfigError: there is no such rival, or a setting is not supported.
-        WeightsError: the backbone's weights are missing or do not fit.
-        MissingExtraError: timm is not installed.
+        ConfigError, WeightsError: as :func:`check_rival` and ``build_retinanet``.
     """
     check_rival(name, recipe)
     # Built first, so with the random numbers that RetinaNet starts with.
@@ -410,15 +382,10 @@ def write_rival(folder: Path, network: RivalNetwork) -> None:
 
 
 def load_rival(path: str | Path, device: torch.device | str = "cpu") -> RivalNetwork:
-    """Load a rival's checkpoint; the network is in evaluation mode.
-
-    Args:
-        path: run folder (``best``, else ``last``) or checkpoint folder.
-        device: for the network.
+    """Load a rival in evaluation mode from a run folder (``best``, else ``last``) or a checkpoint.
 
     Raises:
         WeightsError: the checkpoint is missing, damaged, or of another kind.
-        MissingExtraError: its backbone needs timm.
     """
     folders = [readable_folder(Path(path) / name) for name in (".", "best", "last")]
     folder = next((folder for folder in folders if (folder / INFO_FILE).is_file()), None)

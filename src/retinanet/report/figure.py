@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogFormatter, NullFormatter
 
@@ -97,30 +96,6 @@ def open_axes(
 def cycle_colours(count: int) -> list[str]:
     """`count` colours; they repeat after the eighth."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-def draw_text(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
-    """Write a text of a diagram."""
-    axis.text(x, y, text, **{"fontsize": 8.5, "color": DARK, **style})
-
-
-def draw_box(
-    axis: Any, x: float, y: float, size: tuple[float, float], text: str, colour: str
-) -> None:
-    """Draw a box of a diagram around its centre."""
-    style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.1}
-    style |= {"facecolor": f"{colour}30", "edgecolor": colour}
-    axis.add_patch(FancyBboxPatch((x - size[0] / 2, y - size[1] / 2), *size, **style))
-    draw_text(axis, x, y, text, ha="center", va="center")
-
-
-def draw_arrow(
-    axis: Any, start: tuple[float, float], end: tuple[float, float], **style: Any
-) -> None:
-    """Draw an arrow of a diagram."""
-    plain = {"arrowstyle": "-|>", "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
-    plain |= {"mutation_scale": 9, "color": DARK}
-    axis.annotate("", end, start, arrowprops={**plain, **style})
 
 
 def add_legend(axis: Any, **options: Any) -> None:

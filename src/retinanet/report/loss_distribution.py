@@ -135,11 +135,13 @@ def loss_distribution(
 
     Raises:
         ConfigError: gammas are missing, repeated or out of range, or as :class:`Detector`.
-        DataError: the data cannot be read, no anchor matches an object, or scores are NaN or Inf.
-        WeightsError: the model cannot be read, or lacks classes of objects in the data.
-        ImageError: an image cannot be read.
+        DataError: no anchor matches an object, scores are NaN or Inf, or as for an evaluation.
     """
-    _check_gammas(gammas)
+    if not gammas or len(set(gammas)) != len(gammas):
+        raise ConfigError(f"gammas are one or more different numbers, got {list(gammas)}")
+    for gamma in gammas:
+        if not 0 <= gamma < math.inf:
+            raise ConfigError(f"gamma must be 0 or more, got {gamma}")
     detector = open_detector(model, options)
     network = detector.network
     if not isinstance(network, Network):
@@ -230,15 +232,9 @@ def _anchors_of(network: Network, batch: Any, settings: LossSettings) -> tuple[T
 
 
 def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Tensor:
-    """Focal loss per anchor for several gamma, without alpha (Eq. 4).
+    """Return (N, G) focal losses without alpha (Eq. 4), summed over classes, for G gammas.
 
-    Args:
-        logits: (N, K).
-        labels: (N,) class 0..K-1 or BACKGROUND.
-        gammas: G exponents.
-
-    Returns:
-        (N, G) float32 (float64 for float64 logits): sums over the K classes.
+    `logits` are (N, K), `labels` (N,) class 0..K-1 or BACKGROUND.
     """
     rows = max(1, CHUNK // max(1, logits.shape[1]))
     chunks = []
@@ -249,14 +245,10 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
 
 
 def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
-    """Share of the loss in the easiest anchors (Figure 4's y).
+    """Return the share of the loss in the easiest anchors (Figure 4's y), interpolated.
 
-    Args:
-        losses: (N,) >= 0, in any order, N > 0.
-        fractions: (F,) of the anchors, in [0, 1]; interpolated between anchors.
-
-    Returns:
-        (F,) in [0, 1]; NaN where every loss is 0.
+    `losses` are (N,) >= 0, N > 0, `fractions` (F,) of the anchors in [0, 1]. Returns (F,), NaN
+    where every loss is 0.
     """
     sums = np.zeros(len(losses) + 1)
     np.cumsum(np.sort(losses), dtype=np.float64, out=sums[1:])
@@ -269,22 +261,10 @@ def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
     return shares
 
 
-def _check_gammas(gammas: Sequence[float]) -> None:
-    if not gammas or len(set(gammas)) != len(gammas):
-        raise ConfigError(f"gammas are one or more different numbers, got {list(gammas)}")
-    for gamma in gammas:
-        if not 0 <= gamma < math.inf:
-            raise ConfigError(f"gamma must be 0 or more, got {gamma}")
-
-
 def _curves(
     parts: Sequence[_Array32], gammas: Sequence[float], fractions: _Array, empty: str
 ) -> tuple[LossCurve, ...]:
-    """Compute the curve of each gamma from parts of (N, G) losses.
-
-    Raises:
-        DataError: there is no loss, or a loss is NaN or Inf.
-    """
+    """Compute the curve of each gamma from parts of (N, G) losses."""
     if not any(map(len, parts)):
         raise DataError(
             f"{empty}; take a split with objects, or see `retinanet data anchors` for their sizes"

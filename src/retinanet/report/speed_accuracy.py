@@ -117,8 +117,7 @@ def speed_accuracy(
         data, split: as in :func:`retinanet.evaluation.evaluate`; the same images for every model.
         scales: shorter sides, pixels; None: the paper's, from 4/6 to 8/6 of each model's training
             scale. The maximum of the longer side keeps its ratio to it.
-        rounds: times that each setting is timed. Settings take turns, so that other load on the
-            machine affects all alike.
+        rounds: times that each setting is timed, in turns.
         images: images timed, evenly spread over the split, one by one in each round.
         batch_size, workers: for AP.
         machine: description for the result.
@@ -127,12 +126,15 @@ def speed_accuracy(
 
     Raises:
         ConfigError: no model, a scale or count out of range, or as :class:`Detector`.
-        DataError: the data cannot be read, or the models have different validation splits of it.
-        WeightsError: a model cannot be read, or lacks classes of objects in the data.
+        DataError: the models have different validation splits, or as for an evaluation.
         ImageError: an image cannot be read.
-        MissingExtraError: the backend is not installed.
     """
-    _check_arguments(models, scales, rounds=rounds, images=images)
+    if not models:
+        raise ConfigError("no model to measure: give one or more run folders")
+    for argument, count in (("rounds", rounds), ("images", images)):
+        if count < 1:
+            raise ConfigError(f"{argument} must be 1 or more, got {count}")
+    _check_scales(scales)
     checkpoints = {
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
@@ -146,7 +148,7 @@ def speed_accuracy(
         for name, checkpoint in checkpoints.items()
         for scale in (paper_scales(checkpoint.image_size) if scales is None else sorted(scales))
     ]
-    timed = replace(dataset, images=tuple(_spread(dataset.images, images)))
+    timed = replace(dataset, images=tuple(spread_evenly(dataset.images, images)))
     points: list[SpeedPoint] = []
     calls: dict[str, Callable[[], object]] = {}
     for name, checkpoint, scale in settings:
@@ -156,13 +158,13 @@ def speed_accuracy(
         points.append(_untimed_point(name, detector, dataset, batch_size, workers))
         if progress is not None:
             progress(len(points), len(settings))
-    times = time_in_turns(calls, rounds).values()
+    for i, time_of in enumerate(time_in_turns(calls, rounds).values()):
+        median, low, high = (1000 * seconds / len(timed) for seconds in time_of)
+        points[i] = replace(
+            points[i], milliseconds=median, milliseconds_low=low, milliseconds_high=high
+        )
     return SpeedAccuracy(
-        points=tuple(
-            replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
-            for point, seconds in zip(points, times, strict=True)
-            for median, low, high in [(1000 * value / len(timed) for value in seconds)]
-        ),
+        points=tuple(points),
         images=len(dataset),
         timed=len(timed),
         rounds=rounds,
@@ -191,19 +193,10 @@ def time_in_turns(
     warmup: int = _WARMUP_CALLS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, CallTime]:
-    """Time several calls in turns.
+    """Time several calls in turns, once per round; a call that uses a GPU synchronises itself.
 
-    Args:
-        calls: by name; a call that uses a GPU has to synchronise itself.
-        rounds: each call is timed once per round.
-        warmup: untimed calls of each before the first round.
-        clock: seconds.
-
-    Raises:
-        ValueError: `rounds` is under 1.
+    `warmup` calls of each before the first round are not timed.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}")
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -270,17 +263,12 @@ def paper_scales(trained: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sides))
 
 
-def _check_arguments(
-    models: Mapping[str, Any], scales: Sequence[int] | None, **counts: int
-) -> None:
-    if not models:
-        raise ConfigError("no model to measure: give one or more run folders")
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {count}")
-    if scales is not None and (not scales or len(set(scales)) != len(scales)):
+def _check_scales(scales: Sequence[int] | None) -> None:
+    if scales is None:
+        return
+    if not scales or len(set(scales)) != len(scales):
         raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
-    for scale in scales or ():
+    for scale in scales:
         if not _MIN_SCALE <= scale <= _MAX_SCALE:
             raise ConfigError(
                 f"scale is a shorter side of {_MIN_SCALE} to {_MAX_SCALE} pixels, got {scale}"
@@ -310,7 +298,7 @@ def _common_split(
     return first[1]
 
 
-def _spread(values: Sequence[Any], count: int) -> Sequence[Any]:
-    """At most `count` of the values, evenly spread from the first to the last."""
+def spread_evenly(values: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return at most `count` of the values, evenly spread from the first to the last."""
     positions = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [values[i] for i in positions]

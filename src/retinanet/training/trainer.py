@@ -29,7 +29,7 @@ from retinanet.training.data import TrainingData, read_training_data, tiles_to_t
 from retinanet.training.events import Emitter, EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.loop import Trainer
-from retinanet.training.memory import fit_memory, memory_errors
+from retinanet.training.memory import fit_memory, keep_freed_memory, memory_errors
 from retinanet.training.optim import resolve_steps
 from retinanet.training.processes import open_accelerator
 from retinanet.training.run_folder import (
@@ -138,6 +138,8 @@ def run_task(
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
 
     emit = Emitter(on_event if accelerator.is_main_process else None)
     splits = read_training_data(data, recipe, emit)
