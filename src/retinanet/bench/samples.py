@@ -64,9 +64,7 @@ def class_loss_input(
 ) -> tuple[list[Tensor], Tensor]:
     """Random logits like those of a partly trained network, with about 8 anchors per object.
 
-    Returns:
-        (B, A * K, H_l, W_l) logits of each level in channels_last memory, as the head returns them;
-        (B, R) labels: the class, BACKGROUND or IGNORED.
+    Returns each level's (B, A * K, H_l, W_l) logits in channels_last memory and (B, R) labels.
     """
     generator = torch.Generator().manual_seed(0)
     levels = [
