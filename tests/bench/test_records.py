@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -81,27 +79,6 @@ def test_summary_names_ends_and_growth(curves: Any) -> None:
         "loss: 10 ms and 20 MB at 1, 10 s and 2e+03 MB at 100; "
         "time grows faster than the work from 10 to 100 (2.00)"
     )
-
-
-@pytest.mark.slow
-def test_curves_script_writes_its_files(tmp_path: Path) -> None:
-    options = ["--quick", "--out", tmp_path, "--only", "objects", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "curves.py", *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    stored = json.loads((tmp_path / "curves.json").read_text("utf-8"))
-    assert list(stored["curves"]) == ["objects"]
-    assert (tmp_path / "objects.png").read_bytes().startswith(b"\x89PNG")
-    for line in stored["curves"]["objects"]["lines"].values():
-        assert all(point["seconds"] > 0 for point in line["points"])
-        if sys.platform == "linux":
-            assert all(point["memory"] is not None for point in line["points"])
-        assert line["summary"] in done.stdout
 
 
 @pytest.mark.parametrize("name", ["objects", "batch", "classes", "images"])

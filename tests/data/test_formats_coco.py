@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
 
-from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.data import read_dataset, read_splits
 from retinanet.errors import DataError
 
 
@@ -39,31 +39,6 @@ def test_boxes_ids_and_flags(tmp_path: Path, make_image: MakeImage) -> None:
     assert crowd.ignored
     assert (other.box, other.label, other.crowd, other.area) == ((0.5, 0, 4.75, 6), 0, False, None)
     assert read_dataset(tmp_path, "train", extras=False).images[0].annotations[0].extra == {}
-
-
-@pytest.mark.parametrize(
-    ("label_file", "image_file"),
-    [
-        ("train.json", "train/a.jpg"),
-        ("train.json", "images/train/a.jpg"),
-        ("train.json", "images/a.jpg"),
-        ("train.json", "a.jpg"),
-        ("annotations/instances_train2017.json", "train2017/a.jpg"),
-        ("annotations/instances_train2017.json", "images/train2017/a.jpg"),
-        ("annotations/instances_train2014.json", "train/a.jpg"),
-        ("annotations/train.json", "images/a.jpg"),
-        ("train/_annotations.coco.json", "train/a.jpg"),
-        ("train.json", "JPEGImages/a.jpg"),
-        ("train.json", "train2017/a.jpg"),
-    ],
-)
-def test_layouts(tmp_path: Path, make_image: MakeImage, label_file: str, image_file: str) -> None:
-    make_image(tmp_path / image_file)
-    write(tmp_path / label_file, coco_json([coco_image(1, "a.jpg")]))
-    assert find_format(tmp_path) == "coco"
-    train = read_splits(tmp_path)["train"]
-    assert [image.path for image in train.images] == [tmp_path / image_file]
-    assert train.images[0].path.is_file()
 
 
 def test_file_name_with_folders_of_another_machine(tmp_path: Path, make_image: MakeImage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -293,48 +292,6 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
     with pytest.raises(DataError, match=r"not COCO .* Label Studio"):
         find_format(tmp_path)
-
-
-ODD: tuple[Any, ...] = (
-    *(None, True, 0, -1, 1e308, 10**400, "", "x", "\x00", "\ud800", "a" * 5000, [], {}, [[]]),
-    *({"x": 1}, float("nan"), "//[x", "/data/local-files/?d=", "..", "nan", [None], ["a"]),
-)
-
-
-def mutated(value: Any, source: random.Random) -> Any:
-    """`value` with about one part in twelve exchanged for what should not be there."""
-    if source.random() < 0.08:
-        return source.choice(ODD)
-    if isinstance(value, dict):
-        return {k: mutated(v, source) for k, v in value.items() if source.random() > 0.02}
-    if isinstance(value, list):
-        return [mutated(item, source) for item in value]
-    return value
-
-
-def test_mutated_files_never_crash(tmp_path: Path, make_image: MakeImage) -> None:
-    make_image(tmp_path / "a.jpg")
-    sizes = {"original_width": 40, "original_height": 30}
-    least = {"id": 3, "image": "a.jpg", "label": [{**SHARES, "rectanglelabels": ["cat"], **sizes}]}
-    turned = region("ant", "r2", {**SHARES, "rotation": 30, "rectanglelabels": ["ant", "bee"]})
-    tasks = [task("a.jpg", region(), turned), task("/data/upload/1/x.jpg", id_=2), least]
-    source = random.Random(0)
-    file = tmp_path / "x.json"
-    problems = boxes = 0
-    for turn in range(150):
-        text = json.dumps(mutated(tasks, source))
-        if turn % 3 == 0:  # broken as text too
-            at = source.randrange(len(text))
-            text = text[:at] + source.choice(('"', "[", "}", "", "1e999")) + text[at + 1 :]
-        file.write_text(text)
-        try:
-            for dataset in read_splits(file).values():
-                problems += len(dataset.problems)
-                boxes += sum(len(image.annotations) for image in dataset.images)
-        except DataError:
-            pass
-    assert problems > 50
-    assert boxes > 50
 
 
 def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> None:

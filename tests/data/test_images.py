@@ -94,14 +94,6 @@ def test_stored_size_unpacks_nothing(
     assert stored_size(data) == (40, 56)
 
 
-def test_exif_orientation_turns_the_right_way() -> None:
-    # 6: "the 0th row is the right-hand side": the image is to be turned clockwise.
-    pixels = np.zeros((2, 3, 3), np.uint8)
-    pixels[0, 0] = 255  # top left on disk: top right when upright
-    image = read_image(encoded(Image.fromarray(pixels), "PNG", exif=with_orientation(6)))
-    assert image[0].tolist() == [[0, 255], [0, 0], [0, 0]]
-
-
 GREY_ALPHA = np.array([[[100, 255], [100, 0]]], np.uint8)
 RGBA = np.array([[[100, 0, 200, 255], [100, 0, 200, 0], [100, 0, 200, 51]]], np.uint8)
 
@@ -223,14 +215,6 @@ def test_read_image_with_an_invalid_value_range_raises(value_range: Any) -> None
         read_image(np.zeros((2, 2), np.uint8), value_range=value_range)
 
 
-def test_cmyk_is_pillows(photo: Image.Image) -> None:
-    data = encoded(photo.convert("CMYK"), "JPEG", quality=95)
-    assert torch.equal(read_image(data), by_pillow(data))
-    # And close to the image that it was made of.
-    original = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float()
-    assert (read_image(data).float() - original).abs().mean() < 6
-
-
 # --- arrays, tensors, PIL images ---------------------------------------------------------------
 
 
@@ -281,16 +265,6 @@ def test_read_image_of_another_layout_names_its_shape_and_the_accepted(
 def test_read_image_of_other_types_than_numbers_names_them() -> None:
     with pytest.raises(ImageError, match="unsupported pixel type: complex64; expected numbers"):
         read_image(np.zeros((2, 2), np.complex64))
-
-
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_encoded_images_in_any_kind_of_bytes_are_read(photo: Image.Image, kind: Any) -> None:
-    for format_ in ("PNG", "JPEG"):
-        data = encoded(photo, format_)
-        expected = read_image(data)
-        assert torch.equal(read_image(kind(data)), expected)
-        assert image_size(kind(data)) == stored_size(kind(data)) == (40, 56)
-        assert torch.equal(open_windows(kind(data)).read((0, 0, 56, 40)), expected)
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -412,14 +386,6 @@ def test_pixels_are_the_same_without_the_fast_decoder(
     assert size == fast[1][1]
     with pytest.raises(ImageError, match="truncated"):
         read_image(data[:1000])
-
-
-def test_orientation_in_xmp(photo: Image.Image) -> None:
-    # As Lightroom writes it; Pillow reads it where EXIF has none.
-    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
-    data = encoded(photo, "JPEG", xmp=xmp)
-    assert read_image(data).shape == (3, 56, 40)
-    assert torch.equal(read_image(data), by_pillow(data))
 
 
 # --- reduced size ------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from layouts import (
@@ -535,3 +538,40 @@ def test_files_that_cannot_be_read_stop_nothing(tmp_path: Path) -> None:
         (tmp_path / f"gone.{suffix}").symlink_to(tmp_path / "nowhere")
     write(tmp_path / "via.json", '{"_via_img_metadata": [], "regions": [], "shape_attributes": []}')
     assert_complete(read_dataset(tmp_path, "all"), 3)
+
+
+ODD: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1e308, 10**400, "", "x", "\x00", "\ud800", "a" * 5000, [], {}, [[]]),
+    *({"x": 1}, float("nan"), "//[x", "/data/local-files/?d=", "..", "nan", [None], ["a"]),
+)
+ODD_BYTES = (b"-1", b"1e999", b"\xff", b"\x00", b"&x;", b"<", b">", b'"', b"[", b"", b"nan")
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """Exchange about one part in twelve for what should not be there."""
+    if draw.random() < 0.08:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        return {k: mutated(v, draw) for k, v in value.items() if draw.random() > 0.02}
+    if isinstance(value, list):
+        return [mutated(item, draw) for item in value]
+    return value
+
+
+def test_mutated_label_files_never_crash(layout: Layout, tmp_path: Path) -> None:
+    draw = random.Random(layout.title)
+    files = [f for f in sorted(tmp_path.rglob("*.*")) if f.suffix not in (".jpg", ".png", "")]
+    for turn in range(8):
+        file = draw.choice(files)
+        content = file.read_bytes()
+        if turn % 2 and file.suffix == ".json":
+            file.write_text(json.dumps(mutated(json.loads(content), draw)))
+        else:
+            changed = bytearray(content)
+            for _ in range(draw.randint(1, 3)):
+                at = draw.randrange(len(changed) or 1)
+                changed[at : at + draw.choice((0, 1, 5, 40))] = draw.choice(ODD_BYTES)
+            file.write_bytes(changed)
+        with contextlib.suppress(DataError):
+            read_splits(tmp_path)
+        file.write_bytes(content)

@@ -28,13 +28,8 @@ _UNITS = {
 class Machine:
     """Properties of a machine that the results depend on.
 
-    Attributes:
-        processor, gpu: names; no GPU: empty.
-        cores, threads: available to this process; torch's.
-        instructions: widest instruction set that torch uses, and units for bf16 and int8.
-        memory: bytes of RAM.
-        kernel, native: kernels in use where this package has its own, and whether they are those.
-        versions: of Python, torch and the other packages that are timed.
+    `kernel` describes what is in use where this package has kernels of its own; `native`: whether
+    it is those. An empty `gpu`: none. `memory` is bytes of RAM.
     """
 
     processor: str

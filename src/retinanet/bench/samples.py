@@ -17,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
+from retinanet.model.foreign_weights import our_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import our_name
 from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91
@@ -64,9 +64,7 @@ def class_loss_input(
 ) -> tuple[list[Tensor], Tensor]:
     """Random logits like those of a partly trained network, with about 8 anchors per object.
 
-    Returns:
-        (B, A * K, H_l, W_l) logits of each level in channels_last memory, as the head returns them;
-        (B, R) labels: the class, BACKGROUND or IGNORED.
+    Returns each level's (B, A * K, H_l, W_l) logits in channels_last memory and (B, R) labels.
     """
     generator = torch.Generator().manual_seed(0)
     levels = [

@@ -169,9 +169,7 @@ def _detect_images(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = readable
     detector = load(model, **options)
-    if not json:
-        note(detector.network.description)
-    objects = _write_detections(detector, readable, failures, files, **settings)
+    objects = _write_detections(detector, readable, failures, files, quiet=json, **settings)
     images = len(listed) - len(failures)
     if json:
         print_json(
@@ -204,6 +202,8 @@ def _write_detections(
     sources: list[Source],
     failures: list[Failure],
     files: FileOptions,
+    *,
+    quiet: bool,
     **settings: Any,
 ) -> Counter[str]:
     """Write the files, add to `failures`, and return the boxes per class."""
@@ -220,6 +220,8 @@ def _write_detections(
         ) as write,
         progress("detecting") as update,
     ):
+        if not quiet:
+            note(detector.network.description)
         for failure in failures:
             write(failure)
         stream = detector.stream(sources, keep_pixels="images" in formats, **settings)

@@ -39,14 +39,7 @@ _MAX_MESSAGE = 200  # characters
 
 @dataclass(frozen=True, slots=True)
 class ReadImage:
-    """An image as read, and its objects.
-
-    Attributes:
-        image: (3, h, w) uint8, perhaps of a reduced size.
-        boxes: (M, 4) pixels of the whole image.
-        labels: (M,).
-        size: (height, width) of the whole image.
-    """
+    """An image as read, perhaps reduced; `boxes` are in pixels of the whole, of `size`."""
 
     image: Tensor
     boxes: Tensor
@@ -58,13 +51,9 @@ class ReadImage:
 class Mix:
     """Choice of how a training image is mixed with others; the default is not at all.
 
-    Attributes:
-        centre: (y, x) where the four parts of a mosaic meet, as fractions of its size; None: no
-            mosaic.
-        factors: minimum size of the image in each of the four parts, as a fraction of the size
-            that it has without a mosaic.
-        copy_paste, mixup: whether objects of another image are pasted; whether another image is
-            blended in.
+    `centre` is (y, x) where the four parts of a mosaic meet, as fractions; None: no mosaic.
+    `factors` are the minimum sizes of the images in its parts, relative to their size without a
+    mosaic.
     """
 
     centre: tuple[float, float] | None = None
@@ -102,17 +91,10 @@ def draw_mix(config: DataConfig, draw: random.Random) -> Mix:
 def mix_images(
     mix: Mix, images: Iterator[ReadImage], transform: Transform, shorter: int, draw: random.Random
 ) -> Labelled:
-    """Transform an image, mixed with others.
+    """Transform an image, mixed with `images`, as many as :meth:`Mix.reading_sizes`.
 
-    Mosaic, copy-paste and mixup follow each other. All boxes are kept, with the full loss; those
-    of which less than MIN_VISIBLE stays visible become IGNORED.
-
-    Args:
-        mix: by :func:`draw_mix`.
-        images: as many as :meth:`Mix.reading_sizes`, each taken when it is needed.
-        transform: of each image; colour, erasing and the user's function come after mixing.
-        shorter: pixels of the shorter side wanted.
-        draw: generator of random numbers.
+    All boxes are kept, with the full loss; those of which less than MIN_VISIBLE stays visible
+    become IGNORED. Colour, erasing and the user's function come after mixing.
     """
 
     def resized() -> Labelled:
@@ -133,10 +115,9 @@ def mix_images(
 def _mosaic(
     mix: Mix, images: Iterator[ReadImage], transform: Transform, shorter: int, draw: random.Random
 ) -> Labelled:
-    """Combine four images around a centre (Bochkovskiy et al. 2020).
+    """Combine four images around a centre (Bochkovskiy et al. 2020), each cropped to its part.
 
-    The canvas has the size of the first image without jitter. Each image is cropped at random to
-    its part of it.
+    The canvas has the size of the first image without jitter.
     """
     assert mix.centre is not None
     first = next(images)
@@ -172,8 +153,7 @@ def _crop_to(
 ) -> Labelled:
     """Crop an image at random, and resize it to the (height, width) of an area.
 
-    Cropping comes first: only what is visible is resized. The image is shown at `factor` times its
-    `usual` size or, where it would not fill the area, larger, up to its usual size.
+    It is shown at `factor` times its `usual` size or, where that would not fill the area, larger.
     """
     image, boxes, labels = boxes_as_read(read.image, read.boxes, read.labels, read.size)
     needed = max(side / whole for side, whole in zip(area, usual, strict=True))

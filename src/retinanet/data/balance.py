@@ -23,12 +23,7 @@ _SHOWN_CLASSES = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RepeatFactors:
-    """How often the images of a data set occur in an epoch.
-
-    Attributes:
-        images: (N,) float64 expected number of occurrences per image.
-        classes: the factors over 1 by class, the largest first.
-    """
+    """Expected occurrences per image in an epoch, (N,), and the factors over 1 by class."""
 
     images: NDArray[np.float64]
     classes: Mapping[str, float]

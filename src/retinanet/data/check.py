@@ -77,14 +77,10 @@ MAX_FAULTS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Result of opening an image file.
+    """Result of opening an image file: the upright size, or the kind and reason of a failure.
 
-    Attributes:
-        height, width: of the upright image; None if it cannot be read.
-        orientation: EXIF orientation, 1..8.
-        suffix: the extension of its content; empty if its own is right.
-        file_digest, pixel_digest: of its bytes and of its pixels; empty if they were not read.
-        failure: kind and reason, if it cannot be read.
+    `suffix` is the extension of its content, empty if its own is right; the digests are of its
+    bytes and of its pixels, empty if they were not read.
     """
 
     height: int | None = None
@@ -163,14 +159,11 @@ def check_datasets(
 
 
 def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
-    """Drop what cannot be trained or evaluated on. No image is opened.
+    """Drop what cannot be trained or evaluated on, with a problem for each. No image is opened.
 
     Dropped are missing images, and objects whose box is empty, inverted, not four finite numbers,
-    or wholly outside the image (by the size in the labels). Boxes partly outside are kept. An image
+    or wholly outside the image (by the size in the labels), but not those partly outside. An image
     with labels of which none is usable is dropped too: it is no background.
-
-    Returns:
-        The data set without them (:attr:`Dataset.problems` unchanged), and a problem for each.
     """
     dropped: list[Problem] = []
     images: list[LabelledImage] = []
@@ -259,7 +252,7 @@ def _open_header(path: Path, is_shared: bool) -> ImageInfo | None:
     if orientation in SIDEWAYS:
         width, height = height, width
     suffix = _other_suffix(path, image.format or "")
-    digest = (_content(path) or b"").hex() if is_shared else ""
+    digest = (_content(path) or "") if is_shared else ""
     return ImageInfo(height, width, orientation, suffix, digest)
 
 
@@ -285,13 +278,12 @@ def _open(path: Path) -> ImageInfo:
         return _decode(path, content, digest)
     except UnidentifiedImageError:
         failure = "image-unreadable", unidentified(str(path))
-        return ImageInfo(failure=failure, file_digest=digest)
     # Pillow's readers raise nearly anything on damaged files.
     except Exception as error:
         words = " ".join(str(error).split()) or type(error).__name__
         cut = any(word in words.lower() for word in ("truncated", "unexpected end", "eof"))
-        kind = "image-truncated" if cut else "image-unreadable"
-        return ImageInfo(failure=(kind, f"cannot be decoded: {words}"), file_digest=digest)
+        failure = "image-truncated" if cut else "image-unreadable", f"cannot be decoded: {words}"
+    return ImageInfo(failure=failure, file_digest=digest)
 
 
 def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
@@ -338,10 +330,13 @@ def in_two_splits(
 def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
     """Return the images that are among `others`, as the same file or as a copy of it.
 
-    Of files of one size the beginnings are compared, and of those that agree the whole content.
     Files in archives are compared by their names only.
     """
-    keys: tuple[Callable[[Path], object], ...] = (_size, _beginning, _content)
+    keys: tuple[Callable[[Path], object], ...] = (
+        _size,
+        lambda path: (_size(path), _content(path, _BEGINNING)),
+        _content,
+    )
     found, among = {*images}, {*others}
     same = found & among
     found, among = (
@@ -361,25 +356,18 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _size(path: Path) -> object:
+def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
     except OSError:
         return None
 
 
-def _beginning(path: Path) -> object:
+def _content(path: Path, limit: int = -1) -> str | None:
+    """Return a digest of a file, or of its beginning."""
     try:
         with path.open("rb") as file:
-            return _digest(file.read(_BEGINNING)), _size(path)
-    except OSError:
-        return None
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
+            return _digest(file.read(limit))
     except OSError:
         return None
 

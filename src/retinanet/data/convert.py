@@ -19,13 +19,7 @@ from retinanet.errors import ConfigError, DataError, ImageError
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A written data set.
-
-    Attributes:
-        images, objects: numbers by split; objects without those counted in `lost`.
-        origins: how each split was made.
-        lost: counts of what was left out, by description.
-    """
+    """A written data set: images and objects by split, without those counted in `lost`."""
 
     folder: Path
     format: str
@@ -54,15 +48,12 @@ def convert(
     format can state them; see :func:`retinanet.data.fix.write_fixed` to correct them.
 
     Args:
-        source: a folder or file, or its splits.
+        source: a folder or file, or its splits; `format`, `seed` and `val_fraction` as in
+            :func:`retinanet.data.formats.read_dataset`.
         target: a new or empty folder.
         to: ``coco``, ``voc``, ``yolo``, ``csv`` or ``webdataset``.
-        format: of the source; None detects it.
-        seed, val_fraction: of a validation split, if the source has none; see
-            :func:`retinanet.data.formats.read_dataset`.
         images: ``copy``, ``hardlink`` or ``symlink``.
-        shard_size: maximum samples (``1000``) or bytes (``256MB``, the default) per WebDataset
-            shard.
+        shard_size: maximum samples (``1000``) or bytes (``256MB``) per WebDataset shard.
         progress: called with the numbers of images done and in total.
 
     Raises:

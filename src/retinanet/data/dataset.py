@@ -182,15 +182,13 @@ class Dataset:
                     f"image {index}: labels {numbers.tolist()[:5]} are not all whole numbers from "
                     f"0 to {len(classes) - 1}; there are {len(classes)} classes"
                 )
+            pairs = zip(corners.reshape(-1, 4).tolist(), numbers.tolist(), strict=True)
             annotations = tuple(
-                Annotation((box[0], box[1], box[2], box[3]), int(label), number)
-                for number, (box, label) in enumerate(
-                    zip(corners.reshape(-1, 4).tolist(), numbers.tolist(), strict=True)
-                )
+                Annotation((x1, y1, x2, y2), int(label), number)
+                for number, ((x1, y1, x2, y2), label) in enumerate(pairs)
             )
-            found.append(
-                LabelledImage(as_file(image, f"{split or 'image'}-{index}"), index, annotations)
-            )
+            file = as_file(image, f"{split or 'image'}-{index}")
+            found.append(LabelledImage(file, index, annotations))
         return cls(
             tuple(found), classes, tuple(range(len(classes))), split, "memory", Path("memory")
         )

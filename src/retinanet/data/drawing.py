@@ -81,7 +81,7 @@ def draw_boxes(
             f"{count} boxes, {len(classes)} labels and "
             f"{'no' if points is None else len(points)} scores differ in number"
         )
-    img = _to_pil(image)
+    img = Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
     factor = max(1, math.ceil(enlarge_to / max(img.size)))
     if factor > 1:
         img = img.resize((img.width * factor, img.height * factor), Image.Resampling.BICUBIC)
@@ -92,55 +92,32 @@ def draw_boxes(
     kept = [i for i in range(count) if classes[i] != BACKGROUND and np.isfinite(corners[i]).all()]
     best_last = sorted(kept, key=lambda i: 0.0 if points is None else points[i])
     canvas = ImageDraw.Draw(img)
-    shown = {i: _colour(int(classes[i]), colours) for i in best_last}
+    shown = {
+        i: _GREY if classes[i] == IGNORED else colours[classes[i] % len(colours)] for i in best_last
+    }
     for i, colour in shown.items():
         _draw_box(canvas, corners[i], colour, line, dashed=classes[i] == IGNORED)
     taken: list[tuple[int, int, int, int]] = []
     objects = corners[[i for i in kept if classes[i] != IGNORED]]
+    if names is None and labels is not None:
+        names = ()  # numbers
     for i, colour in reversed(shown.items()):
-        text = _caption(int(classes[i]), labels is not None, names, points, i)
-        if text:
+        label = int(classes[i])
+        words = [] if points is None else [f"{points[i]:.2f}"]
+        if label == IGNORED:
+            words.insert(0, "ignored")
+        elif names is not None:
+            words.insert(0, names[label] if label < len(names) else str(label))
+        if any(words):
+            text = " ".join(words)
             _draw_caption(canvas, corners[i], text, colour, font, line, taken, objects)
     return img
-
-
-def _to_pil(image: ImageLike) -> Image.Image:
-    return Image.fromarray(read_image(image).permute(1, 2, 0).contiguous().numpy())
 
 
 def _array(values: Tensor | npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]:
     if isinstance(values, Tensor):
         values = values.detach().cpu().tolist()
     return np.asarray(values, dtype=dtype)
-
-
-def _colour(label: int, colours: Sequence[Colour]) -> Colour:
-    return _GREY if label == IGNORED else colours[label % len(colours)]
-
-
-def _readable_on(colour: Colour) -> Colour:
-    """Black or white, whichever contrasts more."""
-    light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    return (0, 0, 0) if light > 140 else (255, 255, 255)
-
-
-def _caption(
-    label: int,
-    labelled: bool,
-    names: Sequence[str] | None,
-    scores: npt.NDArray[Any] | None,
-    i: int,
-) -> str:
-    parts = []
-    if label == IGNORED:
-        parts.append("ignored")
-    elif names is not None:
-        parts.append(names[label] if label < len(names) else str(label))
-    elif labelled:
-        parts.append(str(label))
-    if scores is not None:
-        parts.append(f"{scores[i]:.2f}")
-    return " ".join(parts)
 
 
 def _draw_box(
@@ -203,7 +180,9 @@ def _draw_caption(
         ):
             taken.append(area)
             canvas.rectangle((area[0], area[1], area[2] - 1, area[3] - 1), fill=colour)
-            canvas.text((left + pad, top + pad // 2), text, fill=_readable_on(colour), font=font)
+            is_light = np.dot((0.299, 0.587, 0.114), colour) > 140
+            ink = (0, 0, 0) if is_light else (255, 255, 255)
+            canvas.text((left + pad, top + pad // 2), text, fill=ink, font=font)
             return
 
 

@@ -62,9 +62,6 @@ def scan(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
     """Return the files below a folder in order; hidden ones are left out, links are followed.
 
     Folders of detections and of training runs are left out, and added to `skipped`.
-
-    Raises:
-        DataError: there are more than ``MAX_FILES``.
     """
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -104,12 +101,9 @@ def scan(folder: Path, skipped: list[Path] | None = None) -> list[Path]:
 
 
 class Match(NamedTuple):
-    """An image found for a label.
+    """An image found for a label: its file, or several that fit equally well, or none.
 
-    Attributes:
-        path: its file; None if there is none, or several.
-        several: files that fit equally well.
-        tail: parts of the path in the label that the file's path ends with.
+    `tail` counts the parts of the path in the label that the file's path ends with.
     """
 
     path: Path | None
@@ -121,13 +115,10 @@ class Tree:
     """The files below a folder, or beside a label file.
 
     Attributes:
-        path: as given.
-        extras: keep values that training does not need, such as masks.
-        top: the folder in which label files are searched.
-        root: the folder in which images are searched: `top`, or above a folder of labels.
-        files: the files below `top` that are no images.
-        label_files: `files`; of a label file, itself.
-        images: the images below `root`.
+        path, extras: as given; `extras` keeps values that training does not need, such as masks.
+        top, files, label_files: the folder in which label files are searched, its files that are no
+            images, and these or the given file.
+        root, images: `top`, or above a folder of labels, and all images below.
         skipped: folders of detections and of training runs.
         memo: what a format has read to find its files, and needs again to read them.
     """
@@ -209,13 +200,10 @@ class Tree:
     def find_image(
         self, names: Iterable[str], label_file: Path, split: str, *, by_stem: bool = False
     ) -> Match:
-        """Find the image of a label.
+        """Find the image of a label by the paths or names in it, the first that exists.
 
-        Args:
-            names: paths or names in the label, the first that exists counts.
-            label_file: folders near it are preferred.
-            split: of the label; the same name in another split's folder is another image.
-            by_stem: accept the same stem with another extension.
+        Folders near `label_file` are preferred; in the folder of another split than `split` the
+        same name is another image. `by_stem` accepts the same stem with another extension.
         """
         paths = [PurePosixPath(name.replace("\\", "/")) for name in names]
         for path in paths:
@@ -311,13 +299,10 @@ def _is_generic(name: str) -> bool:
 
 @dataclass(slots=True)
 class LabelSet:
-    """The label files of one format in a tree.
+    """The label files of one format in a tree, by split, or the file that lists the splits.
 
-    Attributes:
-        format: name of the format.
-        files: the label files by split, or the file that lists the splits.
-        stems: returns the stems of the images that they label, lower case.
-        notes: what else was found of this format and is not read, a line each.
+    `stems()` are those of the images that they label, lower case; `notes` name what else was found
+    of this format and is not read.
     """
 
     format: str

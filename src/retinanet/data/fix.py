@@ -33,15 +33,11 @@ def write_fixed(
     swapped back; empty ones, those that are not finite numbers, and repeated objects are dropped,
     and so are images that are missing or unreadable. Sizes and extensions are corrected, and an
     image in two splits is kept in the first of test, others, val and train. Boxes labelled on the
-    image as stored, before its EXIF orientation, are rotated with it. Labels that could not be read
-    (:attr:`Dataset.problems`) are dropped.
+    image as stored, before its EXIF orientation, are rotated with it.
 
     Args:
-        splits: the checked splits.
-        report: of :func:`check_datasets`.
-        folder: a new or empty folder, outside the data.
-        images: ``copy``, ``hardlink`` or ``symlink``.
-        progress: called with the numbers of images done and in total.
+        splits, report: the checked splits, and what :func:`check_datasets` returned for them.
+        folder, images, progress: as in :func:`retinanet.data.convert.convert`.
 
     Raises:
         DataError: the folder is not empty or is inside the data, or the report is of other data.
@@ -108,21 +104,16 @@ def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:
         if box is None:
             continue
         if box != annotation.box:
-            annotation = _with_box(annotation, box, keep_mask=not is_unrotated)
+            x1, y1, x2, y2 = annotation.box
+            area, extra = annotation.area, dict(annotation.extra)
+            # An area of the box changes with it; that of a mask does not.
+            if area is not None and math.isclose(area, (x2 - x1) * (y2 - y1)):
+                area = None
+            if is_unrotated:
+                extra.pop(JSON_TEXT, None)
+            annotation = replace(annotation, box=box, area=area, extra=extra)
         kept.setdefault(same_key(annotation), annotation)
     return replace(image, annotations=tuple(kept.values()), width=info.width, height=info.height)
-
-
-def _with_box(
-    annotation: Annotation, box: tuple[float, float, float, float], *, keep_mask: bool
-) -> Annotation:
-    x1, y1, x2, y2 = annotation.box
-    # An area of the box changes with it; that of a mask does not.
-    is_of_box = annotation.area is not None and math.isclose(annotation.area, (x2 - x1) * (y2 - y1))
-    extra = annotation.extra
-    if not keep_mask:
-        extra = {key: value for key, value in extra.items() if key != JSON_TEXT}
-    return replace(annotation, box=box, area=None if is_of_box else annotation.area, extra=extra)
 
 
 def _rotated(

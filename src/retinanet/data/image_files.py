@@ -94,19 +94,14 @@ def _upright_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, i
 def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[int, int]:
     """Height and width at which an image enters the network, its aspect ratio kept.
 
-    The shorter side becomes `shorter`, or less where the longer side would exceed `longest`.
-    Neither becomes less than one pixel.
+    The shorter side becomes `shorter`, or less where the longer would exceed `longest`; at least 1.
     """
     scale = min(shorter / min(height, width), longest / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width of an image as stored, from its header alone.
-
-    :func:`image_size` exchanges them for sideways orientations, for which it may have to decode a
-    PNG, whose EXIF may follow its pixels.
-    """
+    """Height and width as stored, from the header alone: :func:`image_size` may decode a PNG."""
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
         return image.height, image.width

@@ -105,22 +105,12 @@ def read_reduced(
     """As :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size: the largest of these
-    reductions at which it stays twice its :func:`network_size` or more. What the resize then gives
-    differs from that of the whole image by about one level of 255 a pixel in the mean, less than
-    bilinear from bicubic, and objects move by less than a quarter of a pixel.
+    reductions at which it stays twice its :func:`network_size` (of the sides `shorter`, at most
+    `longest`) or more. What the resize then gives differs by about one level of 255 a pixel in the
+    mean, and objects move by less than a quarter of a pixel.
 
-    Args:
-        source: as in :func:`read_image`.
-        shorter: pixels of the shorter side wanted.
-        longest: pixels that the longer side may have.
-        value_range: as in :func:`read_image`.
-
-    Returns:
-        (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
+    Returns: (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
         given to :func:`resize_to`.
-
-    Raises:
-        ImageError, ConfigError: as in :func:`read_image`.
     """
     return _read(source, (shorter, longest), value_range)
 
@@ -232,13 +222,8 @@ _TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 def reduction(height: int, width: int, shorter: int, longest: int) -> int:
     """Return the largest factor, of 1, 2, 4 and 8, by which an image may be decoded smaller."""
     new_height, new_width = network_size(height, width, shorter, longest)
-    for factor in REDUCTIONS:
-        if (
-            height >= factor * _REDUCTION_MARGIN * new_height
-            and width >= factor * _REDUCTION_MARGIN * new_width
-        ):
-            return factor
-    return 1
+    least = min(height / new_height, width / new_width) / _REDUCTION_MARGIN
+    return next((factor for factor in REDUCTIONS if least >= factor), 1)
 
 
 def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -250,15 +235,8 @@ def resize_to(
 ) -> tuple[Tensor, tuple[float, float]]:
     """Resize an image to its :func:`network_size`, bilinear with antialiasing.
 
-    Args:
-        image: (3, H, W) uint8; fastest as :func:`read_image` gives it.
-        shorter: pixels of the shorter side wanted.
-        longest: pixels that the longer side may have.
-        size: (height, width) of the whole image, where :func:`read_reduced` made it smaller;
-            None: `image` is whole.
-
-    Returns:
-        (3, h, w) uint8, and what y and x of a box in the whole image are multiplied by.
+    `size` is (height, width) of the whole image, where :func:`read_reduced` made it smaller.
+    Returns (3, h, w) uint8, and what y and x of a box in the whole image are multiplied by.
     """
     height, width = size or image.shape[-2:]
     new_height, new_width = network_size(height, width, shorter, longest)
@@ -291,21 +269,17 @@ def pad_batch(
     *,
     shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pad images of any sizes to one batch, at the right and the bottom.
+    """Pad (3, h, w) uint8 images of any sizes to one batch, at the right and the bottom.
 
     Args:
-        images: (3, h, w) uint8, one or more.
+        images: one or more.
         fill: RGB of the padding; the model's pixel mean makes it about 0 after normalisation.
         divisor: height and width of the batch are multiples of it.
-        corners: for each image whether it is aligned with the bottom, and with the right, of the
-            batch; None: all with the top left.
+        corners: for each image whether it is aligned with the bottom, and with the right; None: no.
         shared: allocate shared memory, into which a DataLoader's worker would copy the batch.
 
     Returns:
         (B, 3, H, W) uint8 in channels_last memory, and (B, 2) int64 heights and widths before.
-
-    Raises:
-        ValueError: there is no image.
     """
     if not images:
         raise ValueError("a batch needs at least one image")
@@ -357,17 +331,12 @@ def pil_to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Ten
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         return to_rgb(np.asarray(upright), value_range)
-    if upright.has_transparency_data:
-        return to_rgb(np.asarray(upright.convert("RGBA")), None)
-    return to_rgb(np.asarray(upright.convert("RGB")), None)
+    mode = "RGBA" if upright.has_transparency_data else "RGB"
+    return to_rgb(np.asarray(upright.convert(mode)), None)
 
 
 def array_size(source: npt.NDArray[Any] | Tensor) -> tuple[int, int]:
-    """Height and width of an array or a tensor in the layout of an image.
-
-    Raises:
-        ImageError: it has another layout.
-    """
+    """Height and width of an array or a tensor in the layout of an image; else an ImageError."""
     shape, is_tensor = tuple(source.shape), isinstance(source, Tensor)
     axis = 0 if is_tensor else 2
     if len(shape) == 2 or (len(shape) == 3 and shape[axis] in (1, 2, 3, 4)):
@@ -438,10 +407,8 @@ def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.ND
 def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
     """Return the range of floats or wide integers, by the rules of :func:`read_image`.
 
-    None for types with a range of their own: booleans, and unsigned integers of 8 or 16 bits.
-
-    Raises:
-        ImageError: the range is ambiguous.
+    None for types with a range of their own (booleans, unsigned 8 and 16 bits); an ambiguous range
+    is an ImageError.
     """
     array = _as_array(source)
     if array.dtype == np.bool_ or (array.dtype.kind == "u" and array.dtype.itemsize <= 2):
@@ -473,9 +440,7 @@ def _over_white(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def as_file(image: ImageSource, name: str) -> Path:
     """Return the path of an image; one in memory is written as PNG into a temporary folder.
 
-    Args:
-        image: as in :func:`read_image`.
-        name: of a new file, without its extension; its content is added.
+    The file is called `name` and a digest of its content.
     """
     if isinstance(image, str | os.PathLike):
         return Path(image)

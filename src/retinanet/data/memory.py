@@ -27,14 +27,13 @@ def from_torch(dataset: Any, classes: Sequence[str] | None = None, *, split: str
 
     Args:
         dataset: ``len(dataset)`` items ``(image, {"boxes": (M, 4), "labels": (M,)})``, the image as
-            in :meth:`Dataset.from_arrays`; all of it is read once. A Hugging Face data set has rows
+            in :meth:`Dataset.from_arrays`; all are read once. A Hugging Face data set has rows
             ``{"image", "objects": {"bbox": [x, y, width, height], "category"}}``.
         classes: names by label; None: ``dataset.classes``, else the labels as text.
         split: name of the split.
 
     Raises:
         DataError: an item has another form, or a label has no name.
-        ImageError: an image cannot be read.
     """
     from retinanet.data.images import as_file
 
@@ -68,13 +67,9 @@ def from_torch(dataset: Any, classes: Sequence[str] | None = None, *, split: str
 def read_with(reader: Reader) -> dict[str, Dataset]:
     """Read the splits that a function of the user yields.
 
-    Args:
-        reader: yields per image ``(image, boxes, names)``: the image as in
-            :meth:`Dataset.from_arrays`, (M, 4) boxes x1, y1, x2, y2 in pixels, and M class names;
-            optionally the split, fourth.
-
-    Raises:
-        DataError: it yields another form.
+    It yields per image ``(image, boxes, names)``: the image as in :meth:`Dataset.from_arrays`, (M,
+    4) boxes x1, y1, x2, y2 in pixels, and M class names; optionally the split, fourth. Another form
+    is a DataError.
     """
     from retinanet.data.images import as_file
 

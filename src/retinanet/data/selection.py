@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from retinanet.config import nearest
-from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.dataset import Dataset
 from retinanet.data.formats.coco import CATEGORY_EXTRAS
 from retinanet.errors import ConfigError, DataError
 
@@ -18,11 +18,7 @@ _MAX_NAMES = 10  # class names in an error message
 
 
 def labels_of(names: Sequence[str], classes: Sequence[str], source: object) -> tuple[int, ...]:
-    """Return the labels of the named classes, in ascending order.
-
-    Raises:
-        ConfigError: no name is given, or a class is unknown (the nearest name is given).
-    """
+    """Return the labels of the named classes, ascending; an unknown one is a ConfigError."""
     if not names:
         raise ConfigError("no class is selected: give one or more names")
     for name in names:
@@ -44,7 +40,8 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
     if len(labels) == len(dataset.classes):
         return dataset
     chosen = relabel(dataset, {label: new for new, label in enumerate(labels)}, labels)
-    removed = _num_objects(dataset.images) - _num_objects(chosen.images)
+    pairs = zip(dataset.images, chosen.images, strict=True)
+    removed = sum(len(old.annotations) - len(new.annotations) for old, new in pairs)
     line = (
         f"{dataset.split}: {len(labels)} of {len(dataset.classes)} classes are selected: "
         f"{', '.join(chosen.classes)}; objects of other classes, removed: {removed}"
@@ -53,12 +50,9 @@ def select_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
 
 def relabel(dataset: Dataset, labels: Mapping[int, int], kept: Sequence[int]) -> Dataset:
-    """Give objects other labels, and keep the classes of some labels only.
+    """Give objects new labels by the old ones, and remove those of others.
 
-    Args:
-        dataset: any.
-        labels: the new labels by the old ones; objects of others are removed.
-        kept: the old label whose class each new one has.
+    `kept` are the old labels whose classes the new ones have.
     """
     images = tuple(
         replace(
@@ -111,8 +105,7 @@ def select(dataset: Dataset, classes: Sequence[str], single_class: bool) -> Data
 def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
     """Apply the selection that a model was trained with; classes that the data lacks are skipped.
 
-    Raises:
-        DataError: the data has none of the classes.
+    Data with none of the classes are a DataError.
     """
     selection = info.get("selection") or {}
     wanted = tuple(selection.get("classes", ()))
@@ -124,7 +117,3 @@ def select_as_trained(dataset: Dataset, info: Mapping[str, Any]) -> Dataset:
             f"{nearest(wanted[0], dataset.classes)}"
         )
     return select(dataset, classes, bool(selection.get("single_class")))
-
-
-def _num_objects(images: Sequence[LabelledImage]) -> int:
-    return sum(len(image.annotations) for image in images)

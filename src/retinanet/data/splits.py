@@ -35,9 +35,8 @@ def split_validation(
 ) -> tuple[tuple[LabelledImage, ...], tuple[LabelledImage, ...]]:
     """Split images into training and validation images, each in the order given.
 
-    The choice depends on the seed and the file names alone: it is the same on every machine and in
-    every order of listing, and images added later move few of the others. Of more than one image
-    each side has one at least.
+    The choice depends on the seed and the file names alone, and images added later move few of the
+    others. Of more than one image each side has at least one.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction {fraction} is not in (0, 1)")

@@ -33,21 +33,13 @@ Sizes = Mapping[Path, tuple[int, int]]
 class Statistics:
     """Counts and distributions of a split, without ignored objects and unusable boxes.
 
-    Attributes:
-        images: number of images.
-        background_images: number of images without objects.
-        objects: number of objects.
-        ignored: number of crowds and difficult objects.
-        classes: number of objects by class name.
-        images_of_class: number of images with the class, by name.
-        sizes: objects by ``small``, ``medium`` (32 x 32 pixels on) and ``large`` (96 x 96 on), as
-            COCO counts them.
-        side: percentiles of the square root of the boxes' areas in pixels.
-        aspect_ratio: percentiles of height / width of the boxes.
-        boxes_per_image: min, median, max and mean.
-        image_sizes: images by "width x height", the ten most frequent.
-        image_height, image_width: min, median and max, pixels.
-        origin: how the split was made.
+    Attributes: images, background_images, objects, ignored: numbers; background has no objects,
+        ignored are crowds and difficult objects. classes, images_of_class: numbers of objects, and
+        of images with them, by class name. sizes: objects by ``small``, ``medium`` (32 x 32 pixels
+        on) and ``large`` (96 x 96 on). side, aspect_ratio: percentiles of sqrt(area) in pixels, and
+        of height / width, of the boxes. boxes_per_image: min, median, max and mean. image_sizes:
+        images by "width x height", the ten most frequent. image_height, image_width: min, median
+        and max, pixels. origin: how the split was made.
     """
 
     images: int
@@ -134,16 +126,14 @@ def _range(values: Sequence[int], *, mean: bool = False) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class AnchorRecall:
-    """Recall of the network's anchors on the objects of a data set.
+    """Recall of the network's anchors on the usable objects of a data set.
 
     Attributes:
         image_size, max_size: pixels of the shorter side, and of the longer at most.
         foreground_iou: IoU from which an anchor is matched to an object.
-        objects: number of objects, without ignored ones and those with unusable boxes.
-        matched: objects with an anchor of that IoU.
+        objects, matched: number of objects, and of those with an anchor of that IoU.
         mean_iou: mean IoU of the objects with their best anchors.
-        by_class, by_size: (matched, objects) by class name, and by ``small``, ``medium`` and
-            ``large`` (in pixels of the image on disk).
+        by_class, by_size: (matched, objects) by class name, and by size in pixels of the file.
     """
 
     image_size: int

@@ -1,13 +1,9 @@
 """Synthetic images for the demo and the tests: few small shapes in much clutter.
 
-Circles, squares and triangles are drawn among lines, bars, rings, crosses and long ellipses of the
-same colours, on a cloudy and noisy background, so neither colour nor brightness alone identifies an
-object; colour helps with its class (warm, cool, violet to cream), as in most real data. Objects
-cover a few hundredths of an image, and about one in a thousand anchors is matched to one: the
-imbalance that the paper is about. Some images have no object.
-
-Pixels are computed with additions, products and square roots, which are the same on every platform,
-rather than by a drawing library, which may change.
+Circles, squares and triangles among lines, bars, rings, crosses and ellipses of the same colours on
+a cloudy, noisy background: neither colour nor brightness alone identifies an object. About one in a
+thousand anchors is matched to one, the imbalance that the paper is about. Pixels are computed with
+additions, products and square roots, which are the same on every platform.
 """
 
 from __future__ import annotations
@@ -15,8 +11,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +25,16 @@ CLASSES = ("circle", "square", "triangle")
 
 _Array = npt.NDArray[np.float64]
 _Colour = tuple[float, float, float]
-_Point = tuple[float, float]
+_Points = Sequence[tuple[float, float]]
 _Box = tuple[float, float, float, float]
+_Inside = Callable[[_Array, _Array], _Array]
+"""Signed distance in pixels of points (x, y) to a figure's outline; negative outside."""
 
+# Three of each class: warm, cool, violet to cream; and a dark one of distractors.
 _COLOURS: tuple[_Colour, ...] = (
-    (214, 64, 58),
-    (236, 150, 48),
-    (232, 208, 66),
-    (86, 168, 82),
-    (62, 172, 178),
-    (64, 104, 196),
-    (142, 86, 178),
-    (226, 128, 168),
-    (236, 232, 222),
+    *((214, 64, 58), (236, 150, 48), (232, 208, 66)),
+    *((86, 168, 82), (62, 172, 178), (64, 104, 196)),
+    *((142, 86, 178), (226, 128, 168), (236, 232, 222)),
     (44, 42, 48),
 )
 
@@ -83,14 +76,13 @@ def synthetic_dataset(
     if not 0 <= objects[0] <= objects[1]:
         raise ValueError(f"objects {objects} is not 0 <= min <= max")
     if not 4 <= object_size[0] <= object_size[1] <= image_size / 2:
-        raise ValueError(
-            f"object_size {object_size} is not 4 <= min <= max <= half of image_size "
-            f"({image_size / 2:g})"
-        )
+        limit = f"half of image_size ({image_size / 2:g})"
+        raise ValueError(f"object_size {object_size} is not 4 <= min <= max <= {limit}")
     if not (0 <= clutter <= 1 and 0 <= empty <= 1):
         raise ValueError(f"clutter {clutter} and empty {empty} are not in [0, 1]")
     folder = Path(folder)
-    info = {"description": "Shapes in clutter, made by retinanet", "seed": seed}
+    extra = {"info": {"description": "Shapes in clutter, made by retinanet", "seed": seed}}
+    size = (image_size, image_size)
     datasets = {}
     for split, count in ({"train": 200, "val": 50} if splits is None else splits).items():
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -107,47 +99,37 @@ def synthetic_dataset(
                 for id_, shape in enumerate(shapes, start=next_id)
             )
             next_id += len(shapes)
-            size = (image_size, image_size)
             images.append(LabelledImage(file, number + 1, annotations, *size, labels))
-        datasets[split] = Dataset(
-            tuple(images), CLASSES, (1, 2, 3), split, "coco", folder, extra={"info": info}
-        )
+        dataset = Dataset(tuple(images), CLASSES, (1, 2, 3), split, "coco", folder, extra=extra)
+        datasets[split] = dataset
         with labels.open("w", encoding="utf-8") as stream:
-            write_split(stream, datasets[split], {image.path: image.path.name for image in images})
+            write_split(stream, dataset, {image.path: image.path.name for image in images})
     return datasets
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """An object: its outline, box and area."""
-
+class _Shape(NamedTuple):
     label: int
-    outline: tuple[_Point, ...]  # corners of a polygon; of a circle only its centre
-    radius: float  # of a circle
+    inside: _Inside
     box: _Box
     area: float
 
 
 def _image(
-    draw: random.Random,
-    size: int,
-    wanted: int,
-    object_size: tuple[float, float],
-    clutter: float,
+    draw: random.Random, size: int, wanted: int, object_size: tuple[float, float], clutter: float
 ) -> tuple[npt.NDArray[np.uint8], list[_Shape]]:
-    """(size, size, 3) RGB, and its objects."""
+    """(size, size, 3) RGB, and its objects, at least three pixels apart."""
     shapes: list[_Shape] = []
     for _ in range(60 * wanted):
         if len(shapes) == wanted:
             break
         shape = _shape(draw, size, object_size)
-        if all(_are_separate(shape.box, other.box) for other in shapes):
+        x1, y1, x2, y2 = shape.box
+        others = (other.box for other in shapes)
+        if all(x2 + 3 <= a or c + 3 <= x1 or y2 + 3 <= b or d + 3 <= y1 for a, b, c, d in others):
             shapes.append(shape)
-
     canvas = _background(draw, size, clutter)
-    # The same number of pieces per area for all image sizes.
-    pieces = round(clutter * draw.uniform(0.6, 1.4) * 26 * (size / 160) ** 2)
-    for _ in range(pieces):
+    # The same number of distractors per area for all image sizes.
+    for _ in range(round(clutter * draw.uniform(0.6, 1.4) * 26 * (size / 160) ** 2)):
         _distract(draw, canvas, object_size)
     for shape in shapes:
         _paint_shape(draw, canvas, shape)
@@ -162,54 +144,41 @@ def _shape(draw: random.Random, size: int, object_size: tuple[float, float]) -> 
     label = draw.randrange(len(CLASSES))
     # Log-uniform: as many from 10 to 14 pixels as from 20 to 28.
     side = object_size[0] * (object_size[1] / object_size[0]) ** draw.random()
-    if label == 0:
-        outline: tuple[_Point, ...] = ((0.0, 0.0),)
-        half_width = half_height = radius = side / 2
-        area = math.pi * radius**2
-    else:
-        corners = 4 if label == 1 else 3
-        radius = side / (2 * math.sin(math.pi / corners))
+    corners: _Points = ()
+    half_width = half_height = radius = side / 2
+    area = math.pi * radius**2
+    if label:
+        number = 4 if label == 1 else 3
+        radius = side / (2 * math.sin(math.pi / number))
         turn = math.radians(draw.uniform(-20, 20)) + (math.pi / 4 if label == 1 else -math.pi / 2)
-        outline = _regular(corners, radius, turn)
-        xs, ys = [x for x, _ in outline], [y for _, y in outline]
+        angles = [turn + 2 * math.pi * i / number for i in range(number)]
+        xs = [radius * math.cos(angle) for angle in angles]
+        ys = [radius * math.sin(angle) for angle in angles]
         # Corners about the middle of the box, not of the circle through them.
         middle_x, middle_y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
-        outline = tuple((x - middle_x, y - middle_y) for x, y in outline)
+        corners = [(x - middle_x, y - middle_y) for x, y in zip(xs, ys, strict=True)]
         half_width, half_height = (max(xs) - min(xs)) / 2, (max(ys) - min(ys)) / 2
         area = side**2 if label == 1 else side**2 * math.sqrt(3) / 4
     x = draw.uniform(half_width + 1, size - half_width - 1)
     y = draw.uniform(half_height + 1, size - half_height - 1)
     sides = x - half_width, y - half_height, x + half_width, y + half_height
     x1, y1, x2, y2 = (round(side, 2) for side in sides)
-    moved = tuple((x + dx, y + dy) for dx, dy in outline)
-    return _Shape(label, moved, radius, (x1, y1, x2, y2), round(area, 2))
-
-
-def _are_separate(box: _Box, other: _Box, gap: float = 3.0) -> bool:
-    return (
-        box[2] + gap <= other[0]
-        or other[2] + gap <= box[0]
-        or box[3] + gap <= other[1]
-        or other[3] + gap <= box[1]
-    )
+    if label:
+        inside = _polygon([(x + dx, y + dy) for dx, dy in corners])
+    else:
+        inside = _disc((x1 + x2) / 2, (y1 + y2) / 2, radius, radius, 0.0)
+    return _Shape(label, inside, (x1, y1, x2, y2), round(area, 2))
 
 
 def _paint_shape(draw: random.Random, canvas: _Array, shape: _Shape) -> None:
-    x = (shape.box[0] + shape.box[2]) / 2
-    y = (shape.box[1] + shape.box[3]) / 2
-    around = canvas[
-        max(0, int(shape.box[1]) - 4) : int(shape.box[3]) + 5,
-        max(0, int(shape.box[0]) - 4) : int(shape.box[2]) + 5,
-    ].mean(axis=(0, 1))
+    x1, y1, x2, y2 = map(int, shape.box)
+    around = canvas[max(0, y1 - 4) : y2 + 5, max(0, x1 - 4) : x2 + 5].mean(axis=(0, 1))
     own = _COLOURS[3 * shape.label : 3 * shape.label + 3]
     colours = [_vary(draw, colour) for colour in draw.sample(own, k=len(own))]
     # The first that contrasts with the background, so that the object is visible.
     colour = next((c for c in colours if np.abs(np.array(c) - around).sum() > 130), colours[0])
-    if shape.label == 0:
-        inside = _disc(x, y, shape.radius, shape.radius, 0.0)
-    else:
-        inside = _polygon(shape.outline)
-    _paint(canvas, shape.box, inside, colour, draw.uniform(0.9, 1.0), rim=draw.random() < 0.7)
+    opacity = draw.uniform(0.9, 1.0)
+    _paint(canvas, shape.box, shape.inside, colour, opacity, rim=draw.random() < 0.7)
 
 
 def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, float]) -> None:
@@ -220,12 +189,12 @@ def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, flo
     x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
     length = draw.uniform(object_size[0] * 0.6, object_size[1] * 1.3)
     kind = draw.choice(("hair", "hair", "bar", "ellipse", "ring", "cross", "corner"))
-    extent = length
     if kind == "hair":
         _hair(draw, canvas)
         return
+    extent = length
     if kind == "bar":
-        inside = _polygon(_bar(x, y, length, length * draw.uniform(0.12, 0.4), turn))
+        inside = _bar(x, y, length, length * draw.uniform(0.12, 0.4), turn)
     elif kind == "ellipse":
         inside = _disc(x, y, length / 2, length / 2 * draw.uniform(0.25, 0.55), turn)
     elif kind == "ring":
@@ -236,11 +205,11 @@ def _distract(draw: random.Random, canvas: _Array, object_size: tuple[float, flo
             return thick / 2 - np.abs(disc(xs, ys) - thick)
     else:
         thick = length * draw.uniform(0.14, 0.28)
-        first = _polygon(_bar(x, y, length, thick, turn))
+        first = _bar(x, y, length, thick, turn)
         if kind == "corner":  # the second arm starts at the end of the first
             x += (length - thick) / 2 * (math.cos(turn) - math.sin(turn))
             y += (length - thick) / 2 * (math.sin(turn) + math.cos(turn))
-        second = _polygon(_bar(x, y, length, thick, turn + math.pi / 2))
+        second = _bar(x, y, length, thick, turn + math.pi / 2)
         extent = 2 * length
 
         def inside(xs: _Array, ys: _Array) -> _Array:
@@ -254,7 +223,7 @@ def _hair(draw: random.Random, canvas: _Array) -> None:
     size = canvas.shape[0]
     x, y, turn = draw.uniform(0, size), draw.uniform(0, size), draw.uniform(0, math.pi)
     length = size * draw.uniform(0.15, 0.8)
-    hair = _polygon(_bar(x, y, length, draw.uniform(0.6, 2.0), turn))
+    hair = _bar(x, y, length, draw.uniform(0.6, 2.0), turn)
     colour = _vary(draw, draw.choice(_COLOURS))
     _paint(canvas, _around(x, y, length), hair, colour, draw.uniform(0.4, 0.9))
 
@@ -266,7 +235,16 @@ def _background(draw: random.Random, size: int, clutter: float) -> _Array:
     for cells, strength in ((3, 110.0), (9, 60.0)):
         shape = (cells + 3, cells + 3)
         grid = _noise(draw, (*shape, 1)) + 0.35 * _noise(draw, (*shape, 3))
-        low, weights = _spline(size, cells)
+        # Cubic B-spline: the first of four grid points, and their weights.
+        position = (np.arange(size) + 0.5) * (cells / size)
+        low = np.minimum(position.astype(np.int64), cells - 1)
+        t = position - low
+        weights = (
+            (1 - t) * (1 - t) * (1 - t) / 6,
+            (3 * t * t * t - 6 * t * t + 4) / 6,
+            (3 * t * t + 3 * t + 1 - 3 * t * t * t) / 6,
+            t * t * t / 6,
+        )
         rows, clouds = np.zeros((size, cells + 3, 3)), np.zeros((size, size, 3))
         for i, weight in enumerate(weights):
             rows += weight[:, None, None] * grid[low + i]
@@ -274,20 +252,6 @@ def _background(draw: random.Random, size: int, clutter: float) -> _Array:
             clouds += weight[:, None] * rows[:, low + i]
         canvas += strength * (0.3 + clutter) * clouds
     return canvas
-
-
-def _spline(size: int, cells: int) -> tuple[npt.NDArray[np.int64], tuple[_Array, ...]]:
-    """Cubic B-spline interpolation: the first of four grid points, and their weights."""
-    position = (np.arange(size) + 0.5) * (cells / size)
-    low = np.minimum(position.astype(np.int64), cells - 1)
-    t = position - low
-    weights = (
-        (1 - t) * (1 - t) * (1 - t) / 6,
-        (3 * t * t * t - 6 * t * t + 4) / 6,
-        (3 * t * t + 3 * t + 1 - 3 * t * t * t) / 6,
-        t * t * t / 6,
-    )
-    return low, weights
 
 
 def _noise(draw: random.Random, shape: tuple[int, ...]) -> _Array:
@@ -304,40 +268,27 @@ def _vary(draw: random.Random, colour: _Colour) -> _Colour:
     return red, green, blue
 
 
-def _regular(corners: int, radius: float, turn: float) -> tuple[_Point, ...]:
-    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-    return tuple((radius * math.cos(angle), radius * math.sin(angle)) for angle in angles)
-
-
-def _bar(x: float, y: float, length: float, thick: float, turn: float) -> tuple[_Point, ...]:
-    along = (math.cos(turn) * length / 2, math.sin(turn) * length / 2)
-    across = (-math.sin(turn) * thick / 2, math.cos(turn) * thick / 2)
-    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
-    return tuple(
-        (x + a * along[0] + b * across[0], y + a * along[1] + b * across[1]) for a, b in signs
-    )
-
-
 def _around(x: float, y: float, length: float) -> _Box:
     half = 0.75 * length + 2
     return x - half, y - half, x + half, y + half
 
 
-_Inside = Callable[[_Array, _Array], _Array]
-"""Signed distance in pixels of points (x, y) to a figure's outline; negative outside."""
+def _bar(x: float, y: float, length: float, thick: float, turn: float) -> _Inside:
+    a, b = math.cos(turn) * length / 2, math.sin(turn) * length / 2
+    c, d = -math.sin(turn) * thick / 2, math.cos(turn) * thick / 2
+    signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    return _polygon([(x + i * a + j * c, y + i * b + j * d) for i, j in signs])
 
 
-def _polygon(corners: Sequence[_Point]) -> _Inside:
+def _polygon(corners: _Points) -> _Inside:
     """Return a convex polygon, its corners clockwise on the screen."""
 
     def depth(xs: _Array, ys: _Array) -> _Array:
-        edges = zip(corners, (*corners[1:], corners[0]), strict=True)
         depths = []
-        for (x1, y1), (x2, y2) in edges:
+        for (x1, y1), (x2, y2) in zip(corners, (*corners[1:], corners[0]), strict=True):
             dx, dy = x2 - x1, y2 - y1
             depths.append((dx * (ys - y1) - dy * (xs - x1)) / math.sqrt(dx * dx + dy * dy))
-        deepest: _Array = np.minimum.reduce(depths)
-        return deepest
+        return np.asarray(np.minimum.reduce(depths))
 
     return depth
 
@@ -349,8 +300,7 @@ def _disc(x: float, y: float, a: float, b: float, turn: float) -> _Inside:
     def depth(xs: _Array, ys: _Array) -> _Array:
         along = ((xs - x) * cos + (ys - y) * sin) / a
         across = ((ys - y) * cos - (xs - x) * sin) / b
-        inside: _Array = (1 - np.sqrt(along * along + across * across)) * min(a, b)
-        return inside
+        return np.asarray((1 - np.sqrt(along * along + across * across)) * min(a, b))
 
     return depth
 
@@ -360,7 +310,7 @@ def _paint(
     window: _Box,
     inside: _Inside,
     colour: _Colour,
-    opacity: float = 1.0,
+    opacity: float,
     rim: bool = False,
 ) -> None:
     """Paint a figure on the part of the canvas in `window`, with soft edges."""

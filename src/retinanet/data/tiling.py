@@ -8,7 +8,7 @@ from math import ceil
 
 import numpy as np
 
-from retinanet.data.dataset import Annotation, Dataset, LabelledImage
+from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import image_size as size_on_disk
 from retinanet.data.image_files import network_size
 from retinanet.data.statistics import Statistics
@@ -24,15 +24,10 @@ _SMALLEST_ANCHOR, _OVERLAP, _MIN_GAIN = 32, 0.2, 1.5
 
 
 def tile_windows(size: tuple[int, int], side: int, overlap: float) -> Iterator[Window]:
-    """Yield tiles of equal size that cover an image, spread evenly, row by row.
+    """Yield tiles (x1, y1, x2, y2) that cover an image (height, width), row by row.
 
-    Args:
-        size: height and width.
-        side: of a tile, pixels; an image less high, or less wide, has tiles of its own height.
-        overlap: minimum fraction of the side that adjacent tiles share.
-
-    Yields:
-        (x1, y1, x2, y2) pixels; nothing for an image that is not larger than a tile.
+    They are spread evenly; adjacent ones share at least `overlap` of their side. An image less
+    high, or less wide, than a tile has tiles of its own height; none if both.
     """
     if max(size) <= side:
         return
@@ -54,22 +49,18 @@ def tile_dataset(dataset: Dataset, side: int, overlap: float) -> Dataset:
 
     The tiles are those of detection (:func:`tile_windows`). An object that a border cuts is clipped
     if at least :data:`~retinanet.data.transforms.MIN_VISIBLE` of its area is in the tile, and an
-    ignored region with less. An object that fits into the overlap is whole in some tile.
-
-    Args:
-        dataset: images with usable boxes. The header is read of those whose size the labels do not
-            state; an image without a readable header stays whole.
-        side: of a tile, pixels.
-        overlap: minimum fraction of the side that adjacent tiles share.
-
-    Returns:
-        A data set whose items may have a :attr:`~retinanet.data.dataset.LabelledImage.window`. Its
-        description names the objects that are in no tile with enough of their area.
+    ignored region with less. The description names the objects that are so in all tiles. The header
+    is read of images whose size the labels do not state; one without a readable header stays whole.
     """
     tiles: list[LabelledImage] = []
     num_lost = num_cut = 0
     for image in dataset.images:
-        windows, size = _windows(image, side, overlap)
+        try:
+            size = image.height or 0, image.width or 0
+            size = size if all(size) else size_on_disk(image.path)
+        except ImageError:  # reported when it is loaded
+            size = (0, 0)
+        windows = list(tile_windows(size, side, overlap))
         if not windows:
             tiles.append(image)
             continue
@@ -115,20 +106,6 @@ def recommend_tile(statistics: Statistics, image_size: int, max_size: int) -> in
     return side if image_size / side >= _MIN_GAIN * scale else None
 
 
-def _windows(
-    image: LabelledImage, side: int, overlap: float
-) -> tuple[list[Window], tuple[int, int]]:
-    """Return the tiles of an image, none if it stays whole, and its height and width."""
-    if image.height and image.width:
-        size = image.height, image.width
-    else:
-        try:
-            size = size_on_disk(image.path)
-        except ImageError:  # reported when it is loaded
-            return [], (0, 0)
-    return list(tile_windows(size, side, overlap)), size
-
-
 def _cut(
     image: LabelledImage, windows: Sequence[Window], size: tuple[int, int]
 ) -> tuple[list[LabelledImage], int]:
@@ -148,27 +125,12 @@ def _cut(
         is_ignored = inside < MIN_VISIBLE * areas
         counts |= ~is_ignored
         clipped = np.concatenate([low, high], axis=1) - [x, y, x, y]
-        tiles.append(
-            replace(
-                image,
-                annotations=tuple(
-                    _part(objects[i], clipped[i].tolist(), ignored=bool(is_ignored[i]))
-                    for i in np.flatnonzero(inside > 0)
-                ),
-                width=window[2] - x,
-                height=window[3] - y,
-                window=window,
-            )
-        )
+        parts = []
+        for i in np.flatnonzero(inside > 0):
+            x1, y1, x2, y2 = clipped[i].tolist()
+            is_difficult = objects[i].difficult or bool(is_ignored[i])
+            part = replace(objects[i], box=(x1, y1, x2, y2), area=None, difficult=is_difficult)
+            parts.append(part)
+        tile = replace(image, annotations=tuple(parts), window=window)
+        tiles.append(replace(tile, width=window[2] - x, height=window[3] - y))
     return tiles, int((~counts).sum())
-
-
-def _part(annotation: Annotation, box: Sequence[float], *, ignored: bool) -> Annotation:
-    """Return the part of an object in a tile; its area is the box's own."""
-    x1, y1, x2, y2 = box
-    return replace(
-        annotation,
-        box=(x1, y1, x2, y2),
-        area=None,
-        difficult=annotation.difficult or ignored,
-    )

@@ -245,16 +245,10 @@ def clip_boxes(boxes: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Te
 def view_boxes(
     boxes: Tensor, labels: Tensor, window: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the boxes as they appear in a window of the image.
+    """Return boxes as they appear in a window (x1, y1, x2, y2) of the image, and their labels.
 
-    Args:
-        boxes: (N, 4), each of a positive area.
-        labels: (N,).
-        window: x1, y1, x2, y2.
-
-    Returns:
-        (M, 4) boxes in pixels of the window, clipped to it, and (M,) labels: IGNORED where less
-        than MIN_VISIBLE of the area is inside. Boxes outside are dropped.
+    They are clipped to it; IGNORED where less than MIN_VISIBLE of the area is inside, dropped
+    outside.
     """
     left, top, right, bottom = window
     whole = _areas(boxes)
@@ -268,15 +262,8 @@ def hide_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Shrink and drop boxes of objects that are covered by what was put over them.
 
-    Args:
-        boxes: (N, 4) pixels, within the image.
-        labels: (N,).
-        layers: layer of each object.
-        shown: (H, W) layer of each pixel; an object is visible where it is the object's or lower.
-
-    Returns:
-        (M, 4) boxes that enclose the visible part, and (M,) labels: IGNORED where less than
-        MIN_VISIBLE of the area is visible. Objects that are covered wholly are dropped.
+    An object of layer `layers[i]` is visible where `shown` (H, W), the layer of each pixel, is that
+    or lower. Boxes enclose the visible part; IGNORED where it is less than MIN_VISIBLE of the area.
     """
     new_boxes, new_labels = boxes.tolist(), labels.tolist()
     keep = []

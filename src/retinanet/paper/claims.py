@@ -37,16 +37,11 @@ def collect_results(
     *,
     milliseconds: Mapping[str, float] | None = None,
 ) -> TableResult:
-    """Build an experiment's table from the outcomes of its trainings.
+    """Build an experiment's table from the outcomes of its trainings, by row key.
 
-    Args:
-        experiment: with rows and claims.
-        outcomes: by row key; rows may be left out.
-        about: how it was measured, as JSON types (others are converted to text): ``command``,
-            ``data``, ``steps``, ``seeds``, ``machine``; ``settings``: (setting, the paper's, here)
-            of those that differ; ``coco``: True only for COCO at full length. Other facts are
-            listed as they are.
-        milliseconds: per image, by row key, where measured.
+    `about` is how it was measured: ``command``, ``data``, ``steps``, ``seeds``, ``machine``;
+    ``settings``: (setting, the paper's, here) of those that differ; ``coco``: True only for COCO at
+    full length; other facts are listed as they are. `milliseconds` per image are by row key.
     """
     times = milliseconds or {}
     rows = {
@@ -200,14 +195,7 @@ def confidence_half_width(
 
     With the same seeds the differences seed by seed are paired, as trainings of one seed start with
     the same weights and see the images in the same order: two-sided Student's t with n - 1 degrees
-    of freedom. With other seeds: Welch's t.
-
-    Args:
-        first, second: AP by seed.
-        level: of significance; .05 for a 95% interval.
-
-    Returns:
-        None: a side has fewer than two seeds.
+    of freedom. With other seeds: Welch's t. None: a side has fewer than two seeds.
     """
     if min(len(first), len(second)) < 2:
         return None
@@ -226,13 +214,9 @@ def confidence_half_width(
 
 @lru_cache
 def t_quantile(level: float, dof: int) -> float:
-    """Return the two-sided quantile of Student's t distribution.
+    """Return the two-sided quantile of Student's t, which abs(t) exceeds with chance `level`.
 
     By numerical integration: with t = sqrt(dof) tan(angle) the density is cos(angle)^(dof - 1).
-
-    Args:
-        level: P(abs(t) > quantile), in (0, 1); .05 for a 95% interval.
-        dof: degrees of freedom, at least 1.
     """
     angles = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angles) ** (dof - 1)

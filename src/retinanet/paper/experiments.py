@@ -33,10 +33,8 @@ class Row:
     """A row of a table, or a point of a figure.
 
     Attributes:
-        key: unique within the experiment, such as ``alpha=.75``; used in claims and file names.
-        label: for the table.
+        key: unique within the experiment, such as ``alpha=.75``; used in claims.
         settings: ``key=value`` overrides of the recipe.
-        depth: the backbone.
         scale: shorter side of the image in the paper, pixels; on small data the recipe's size times
             scale / 600.
         rival: another detector to train (:data:`retinanet.paper.rivals.RIVALS`); empty: RetinaNet.
@@ -83,13 +81,10 @@ class Experiment:
 
     Attributes:
         name: for ``retinanet paper run``: ``table1a`` ... ``fig7``.
-        title: its topic, in a few words.
-        section: of the paper.
         setting: of the paper's measurement, in a few words.
         columns: that the paper prints, of ``AP AP50 AP75 APs APm APl ms``.
         rows: in the paper's order; none for figures that need no training.
-        claims: the paper's conclusions.
-        recipe: for ``--full``: ``paper_1x`` or ``paper_table2``.
+        recipe: for ``--full``.
         note: what the paper leaves open, and the choice made here.
     """
 

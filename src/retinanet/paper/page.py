@@ -29,18 +29,9 @@ def write_page(
     results: Sequence[TableResult],
     plots: Mapping[str, Sequence[Path]] | None = None,
 ) -> Path:
-    """Write ``report.html`` of an output folder.
+    """Write ``report.html`` of an output folder, to which its links are relative.
 
-    Args:
-        out: the folder; links to run folders and plots are relative to it.
-        results: in the order of the page.
-        plots: by name of the table or figure; PNG files are shown, all are linked.
-
-    Returns:
-        The file.
-
-    Raises:
-        DataError: a plot cannot be read.
+    `plots` are by name of the table or figure; PNG files are shown, all are linked.
     """
     out = Path(out)
     page = Page("Focal Loss for Dense Object Detection, measured", _subtitle(results))

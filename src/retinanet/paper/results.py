@@ -74,15 +74,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The two sides of a claim and their difference.
+    """The best row of each side of a claim, and their difference: first minus second.
 
-    Attributes:
-        first, second: best row of each side.
-        difference: mean of the first minus mean of the second.
-        half_width: of the difference's 95% confidence interval
-            (:func:`retinanet.paper.claims.evaluate_claim`); None: unknown.
-        unit: of all numbers; empty: points of AP.
-        digits: decimals of the means and the difference.
+    `half_width` is that of the difference's 95% confidence interval
+    (:func:`retinanet.paper.claims.evaluate_claim`; None: unknown); an empty `unit`: points of AP.
     """
 
     first: Side
@@ -181,12 +176,7 @@ class ClaimResult:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        left: number of first columns that are aligned to the left.
-        title: under which it is folded on a page; empty: not folded.
-    """
+    """A table of text, the first `left` columns aligned to the left, folded if it has a title."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -205,11 +195,8 @@ class Table:
 class TableResult:
     """A table or figure of the paper, measured.
 
-    Attributes:
-        name, title, section, setting, note: of the experiment.
-        shown: columns, of ``AP AP50 AP75 APs APm APl ms``.
-        claims: verdicts on the paper's claims.
-        about: how it was measured (:func:`retinanet.paper.claims.collect_results`).
+    `shown` are columns; `about` is how it was measured
+    (:func:`retinanet.paper.claims.collect_results`); the rest is the experiment's.
     """
 
     __pydantic_config__ = _STRICT
@@ -238,9 +225,7 @@ class TableResult:
     def table(self, *, wide: bool) -> Table:
         """Return measured values beside the paper's.
 
-        Args:
-            wide: with all columns; False: a table for a terminal with 80 columns, which has no AP
-                by object size and only AP and time of the paper.
+        If not `wide`, for a terminal of 80 columns: no AP by size, only AP and time of the paper.
         """
         short = ("AP", "AP50", "AP75", "ms")
         shown = [column for column in self.shown if wide or column in short]
@@ -317,11 +302,7 @@ class TableResult:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the text of :meth:`to_json`.
-
-        Raises:
-            ValueError: the text is something else.
-        """
+        """Read the text of :meth:`to_json`; ValueError: it is something else."""
         return TypeAdapter(cls).validate_json(text)
 
 

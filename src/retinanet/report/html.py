@@ -36,8 +36,8 @@ from retinanet.report.plots import (
 )
 from retinanet.training.run_folder import read_log
 
-ImageLike = Path | str | bytes | Image.Image
-"""An image to embed: a file, the bytes of a file, or a PIL image."""
+ImageLike = Path | Image.Image
+"""An image to embed: a file or a PIL image."""
 
 _PLOT_DPI = 115  # pixels of the page per inch of a plot
 _MAX_CLASSES = 12  # longer tables of classes are folded
@@ -105,7 +105,6 @@ class Page:
         columns: Sequence[str],
         rows: Iterable[Sequence[object]],
         *,
-        caption: str = "",
         left: int = 1,
         strong: Sequence[int] = (),
         folded: str = "",
@@ -115,12 +114,11 @@ class Page:
         Args:
             columns: headings.
             rows: a cell per column each.
-            caption: a line above.
             left: number of first columns that are text; the others are numbers.
             strong: indices of rows to emphasise.
             folded: title under which the table is folded; empty: not folded.
         """
-        return self.add(_BLOCKS.table(columns, list(rows), caption, left, strong, folded))
+        return self.add(_BLOCKS.table(columns, list(rows), left, strong, folded))
 
     def images(
         self, images: Iterable[tuple[ImageLike, str]], *, columns: int = 1, folded: str = ""
@@ -162,10 +160,8 @@ class Page:
 def _embed(image: ImageLike) -> dict[str, Any]:
     """Source and width of an img: PNG and JPEG files unchanged, anything else as a JPEG."""
     try:
-        if isinstance(image, Path | str):
-            image = Path(image).read_bytes()
-        content = image if isinstance(image, bytes) else b""
-        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        content = image.read_bytes() if isinstance(image, Path) else b""
+        opened = Image.open(io.BytesIO(content)) if isinstance(image, Path) else image
         if not content or opened.format not in ("PNG", "JPEG"):
             encoded = io.BytesIO()
             opened.convert("RGB").save(encoded, "JPEG", quality=88)
@@ -194,11 +190,8 @@ def write_report(
     Args:
         folder: run folder.
         data: its splits; None: read again from its data folder.
-        samples: validation images to detect objects in and draw.
+        samples: validation images to detect objects in, on `device`, and draw.
         device: device for that.
-
-    Returns:
-        the file ``report.html``.
 
     Raises:
         DataError: the folder is not a run folder.

@@ -80,15 +80,12 @@ class LossDistribution:
     """Figure 4 of one model on one split.
 
     Attributes:
-        images: number of images.
         fractions: fractions of the anchors, 0 to 1, evenly spaced: the x of every curve.
-        positives: curves of anchors matched to an object, one per gamma.
-        negatives: curves of background anchors, one per gamma.
+        positives, negatives: curves of matched and of background anchors, one per gamma.
         positive_anchors, negative_anchors, ignored_anchors: anchors of the images by kind.
         positives_taken, negatives_taken: anchors sampled, each with the same chance.
         classes: number of classes, whose losses are summed per anchor.
         foreground_iou, background_iou, low_quality_matches: how anchors were matched.
-        source, split: the data.
     """
 
     source: str

@@ -33,11 +33,7 @@ def plot_loss_distribution(
 ) -> Files:
     """Figure 4: cumulative share of the loss over positives and over negatives.
 
-    Args:
-        result: of a model.
-        stem: path of both files without suffix.
-        title: above both panels, such as the model's name.
-        published: the paper's (fraction, cumulative share) of the positives.
+    `published` is the paper's (fraction, cumulative share) of the positives.
     """
     panels = (
         ("positives", result.positives, result.positives_taken, result.positive_anchors),
@@ -64,14 +60,9 @@ def plot_loss_distribution(
 
 @dataclass(frozen=True, slots=True)
 class SpeedMark:
-    """A point of Figure 2.
+    """A point of Figure 2: AP in points, 0 to 100, and milliseconds with quartiles if known.
 
-    Attributes:
-        series: points of a series are joined; a series of one point is a detector by itself.
-        milliseconds: per image.
-        ap: in points, 0 to 100.
-        label: text next to the point, such as the scale.
-        low, high: quartiles of the milliseconds; None: unknown.
+    Points of a series are joined; a series of one point is a detector by itself.
     """
 
     series: str
@@ -107,12 +98,6 @@ def plot_speed_accuracy(
     machine: str = "",
 ) -> Files:
     """Figure 2: AP against milliseconds per image, measured and published in panels of their own.
-
-    Args:
-        measured: may be empty if `published` is given.
-        stem: path of both files without suffix.
-        published: the paper's points; may be empty.
-        data, machine: of the measurement, for the panel's title and the axis label.
 
     Raises:
         ValueError: there is no point.

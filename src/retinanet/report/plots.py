@@ -313,7 +313,8 @@ def _plot_steps(
     axis: Any, steps: _Lines, name: str, colour: str, label: str = "", *, smooth: bool = True
 ) -> None:
     """Plot a value by step: its mean over 2% of the steps, over the pale values themselves."""
-    points = [(line["step"], line[name]) for line in steps if line.get(name) is not None]
+    values = [(line["step"], line.get(name)) for line in steps]
+    points = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
     if not points:
         return
     x, y = np.array(points, dtype=np.float64).T
@@ -324,12 +325,9 @@ def _plot_steps(
 
 
 def moving_mean(values: _Array, width: int) -> _Array:
-    """Centred mean of the finite values in `width`; of fewer at the ends."""
-    finite = np.isfinite(values)
-    window = np.ones(width)
-    count = np.convolve(finite.astype(np.float64), window, "same")
-    total = np.convolve(np.where(finite, values, 0.0), window, "same")
-    mean: _Array = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    """Centred mean of `width` values; of fewer at the ends."""
+    total, count = (np.convolve(x, np.ones(width), "same") for x in (values, np.ones(len(values))))
+    mean: _Array = total / count
     return mean
 
 

@@ -73,15 +73,7 @@ class SpeedPoint:
 
 @dataclass(frozen=True, slots=True)
 class SpeedAccuracy:
-    """Figure 2 of some models on one split and one machine.
-
-    Attributes:
-        points: model by model, scales from small to large.
-        images: images evaluated; `timed`: images timed.
-        rounds: times that each setting was timed.
-        source, split: the data.
-        machine: its description.
-    """
+    """Figure 2 of some models on one split and one machine; of `images`, `timed` were timed."""
 
     points: tuple[SpeedPoint, ...]
     images: int

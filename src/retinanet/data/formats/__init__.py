@@ -48,14 +48,7 @@ from retinanet.errors import DataError
 
 
 class Format(NamedTuple):
-    """Functions of a format.
-
-    Attributes:
-        label_files: what a label file of the format is, in words.
-        find: returns the label files of a tree; None if there are none.
-        read: returns the splits by name, each read when called; an unnamed split is ``""``.
-        write: writes splits into a new folder; None for formats that are only read.
-    """
+    """How a format finds its label files in a tree, reads the splits, and writes them (or None)."""
 
     label_files: str
     find: Callable[[Tree], LabelSet | None]
@@ -125,13 +118,9 @@ _SIDE_FILES = frozenset({*csv.CLASS_FILES, label_studio.CONFIG_FILE})  # list cl
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """What was found below a path.
+    """What was found below a path: splits, each read when called, and lines that describe them.
 
-    Attributes:
-        format: name of the format.
-        splits: the splits by name, each read when called; an unnamed split is ``""``.
-        description: what is read and what is left out, a line each.
-        top, images: the folder, and all its images.
+    An unnamed split is ``""``; `images` are all images below `top`.
     """
 
     format: str
@@ -198,13 +187,7 @@ def find_data(
     """Find the labelled data below a path, in any layout.
 
     Of several formats the one that labels the most images is taken, of labels of the same images
-    the first of :data:`FORMATS`.
-
-    Args:
-        path: a folder, a label file, or a reader (:func:`retinanet.data.memory.read_with`), also as
-            ``module:function``.
-        format: one of :data:`FORMATS`; None detects it.
-        extras: keep values that training does not need (masks, licences, ...).
+    the first of :data:`FORMATS`. Arguments are those of :func:`read_dataset`.
 
     Raises:
         DataError: there is no such path or format, no labels are found, two formats label as many
@@ -241,8 +224,6 @@ def find_data(
     elsewhere = frozenset().union(*(other.stems() for other in others)) - labels.stems()
     if elsewhere:
         splits = {name: partial(_without, split, elsewhere) for name, split in splits.items()}
-    if not extras:
-        splits = {name: partial(_without_extras, split) for name, split in splits.items()}
     images = tuple(tree.images) if path.is_dir() and tree.root == tree.top else ()
     description = tuple(_describe(tree, labels, others, splits))
     return DataSource(labels.format, splits, description, tree.top, images)
@@ -350,22 +331,18 @@ def read_dataset(
         DataError: as :func:`find_data`, or there is no such split (it suggests the nearest).
     """
     source = find_data(path, format, extras=extras)
-    lazy = source.splits
-    names = _split_names(lazy)
-    if split in lazy and not (split == "train" and _draws_val(lazy)):
-        dataset = lazy[split]()
-    elif split in names:
-        dataset = _draw_val(lazy, seed, val_fraction)[split]
-    elif split == "all":
-        dataset = _whole([lazy[name]() for name in _disjoint(lazy)])
+    names = _split_names(source.splits)
+    if split == "all":
+        dataset = _whole([source.splits[name]() for name in _disjoint(source.splits)])
         return replace(dataset, description=source.describe([dataset]))
-    else:
+    if split not in {*source.splits, *names}:
         hints = "".join(f"; {note}" for note in source.description[1:] if f" {split}" in note)
         raise DataError(
             f"{path}: no split {split!r}; it has {', '.join((*names, 'all'))}"
             f"{nearest(split, names)}{hints}"
         )
-    return replace(dataset, split=split, description=source.description)
+    dataset = _load(source.splits, [split], seed, val_fraction)[split]
+    return replace(dataset, description=source.description)
 
 
 def read_splits(
@@ -382,21 +359,16 @@ def read_splits(
     there are train and val, which it repeats.
     """
     source = find_data(path, format, extras=extras)
-    lazy = source.splits
-    drawn = _draw_val(lazy, seed, val_fraction) if _draws_val(lazy) else {}
-    datasets = {name: drawn[name] if name in drawn else lazy[name]() for name in _split_names(lazy)}
+    datasets = _load(source.splits, _split_names(source.splits), seed, val_fraction)
     description = source.describe(datasets.values())
-    return {
-        name: replace(dataset, split=name, description=description)
-        for name, dataset in datasets.items()
-    }
+    return {name: replace(d, description=description) for name, d in datasets.items()}
 
 
 def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
     """Hexadecimal SHA-256 of what a run depends on: classes, labels, files' names and sizes.
 
-    `sizes` are bytes to assume for some files, by path (training records those of unreadable
-    images, whose repair is no other data).
+    `sizes` are bytes to assume for some files, by path: the repair of an unreadable image is no
+    other data.
     """
     sizes = sizes or {}
     total = hashlib.sha256(repr((dataset.classes, dataset.category_ids)).encode())
@@ -409,17 +381,6 @@ def digest(dataset: Dataset, sizes: Mapping[str, int] | None = None) -> str:
         boxes = [(a.box, a.label, a.crowd, a.difficult) for a in image.annotations]
         total.update(repr((image.path.name, size, boxes)).encode())
     return total.hexdigest()
-
-
-def _without_extras(split: Callable[[], Dataset]) -> Dataset:
-    dataset = split()
-    images = []
-    for image in dataset.images:
-        annotations = image.annotations
-        if any(annotation.extra for annotation in annotations):
-            annotations = tuple(replace(annotation, extra={}) for annotation in annotations)
-        images.append(replace(image, extra={}, annotations=annotations))
-    return replace(dataset, images=tuple(images), extra={})
 
 
 def _disjoint(lazy: Mapping[str, object]) -> list[str]:
@@ -444,19 +405,22 @@ def _split_names(lazy: Mapping[str, object]) -> list[str]:
     return [n for n in order if n in names] + sorted(names - set(order))
 
 
-def _draw_val(
-    lazy: Mapping[str, Callable[[], Dataset]], seed: int, val_fraction: float
+def _load(
+    lazy: Mapping[str, Callable[[], Dataset]], names: Iterable[str], seed: int, val_fraction: float
 ) -> dict[str, Dataset]:
+    """Read splits; val is drawn from the training images if there is none."""
+    drawn: dict[str, Dataset] = {}
     name = _train_source(lazy)
-    assert name is not None
-    source = lazy[name]()
-    train, val = split_validation(source.images, val_fraction, seed)
-    of = f" of {name}" if name else ""
-    origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
-    return {
-        "train": replace(source, images=train, split="train", split_origin=origin),
+    if name is not None and _draws_val(lazy) and {"train", "val"} & {*names}:
+        source = lazy[name]()
+        train, val = split_validation(source.images, val_fraction, seed)
+        of = f" of {name}" if name else ""
+        origin = f"seed {seed}, {val_fraction:.0%}{of} for validation"
         # What could not be read belongs to no split; it is reported once.
-        "val": replace(source, images=val, split="val", split_origin=origin, problems=()),
+        drawn["train"] = replace(source, images=train, split_origin=origin)
+        drawn["val"] = replace(source, images=val, split_origin=origin, problems=())
+    return {
+        name: replace(drawn[name] if name in drawn else lazy[name](), split=name) for name in names
     }
 
 

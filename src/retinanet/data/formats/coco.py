@@ -71,10 +71,7 @@ def find(tree: Tree) -> LabelSet | None:
 def read(tree: Tree, labels: LabelSet) -> Splits:
     """Read a COCO data set; each split's files are parsed when called.
 
-    Classes are the union of all files' categories, by their ids, so that a label has one meaning.
-
-    Raises:
-        DataError: a file is not COCO's JSON, or two files give one category id different names.
+    Classes are the union of all files' categories by id; one id of two names is a DataError.
     """
     categories: dict[int, dict[str, Any]] = {}
     for _, file in labels.by_split():

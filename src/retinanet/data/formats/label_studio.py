@@ -231,11 +231,7 @@ def _image_address(data: Mapping[str, Any]) -> str | None:
 
 
 def _image_path(address: str) -> str:
-    """Return the path in an image's address, without its leading ``/`` and ``..``.
-
-    Addresses are ``/data/local-files/?d=a/1.jpg``, ``/data/upload/3/0123abcd-1.jpg``,
-    ``s3://bucket/a/1.jpg``, ``https://host/a/1.jpg?signature``, or a plain path.
-    """
+    """Return the path in an image's address, also in ``/data/local-files/?d=a/1.jpg``."""
     path, _, query = address.partition("?")
     name = parse_qs(query).get("d", [""])[0] if "local-files" in path else address_path(address)
     return "/".join(part for part in re.split(r"[\\/]", name) if part not in ("", ".", ".."))

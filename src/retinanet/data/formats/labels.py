@@ -101,11 +101,7 @@ def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
 def read_json(
     file: Path, kind: type, expected: str, hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """Parse a JSON file whose root is a `kind`.
-
-    Raises:
-        DataError: it is not JSON (with line and column), or its root is of another type.
-    """
+    """Parse a JSON file whose root is a `kind`; a DataError has line and column."""
     try:
         content = file.read_bytes()
         content = gzip.decompress(content) if is_compressed(file) else content
@@ -266,7 +262,6 @@ class LabelImage:
     Attributes:
         name: its path or file name; others that it may have are in `other_names`.
         id: the source's own id, or the stem of the name.
-        width, height: pixels; None if they are not stated.
         annotations: its objects; a label is an index in :attr:`LabelFile.classes`.
         split: that the file states for the image; None: that of the file.
         path: its file, if known; else it is looked for by name.
@@ -292,15 +287,11 @@ class LabelImage:
 class LabelFile:
     """A parsed label file.
 
-    Attributes:
-        file: its path; of an image without one, that of the image.
-        split: of images that state no other; None: the split that it is built for.
-        images: its images.
-        classes: names of its classes, in the order of the labels in `images`.
-        problems: the problems found while parsing, each with its split.
-        decimals: boxes are fractions of the image, rounded to these decimals of a pixel; None:
-            they are pixels.
-        listed: names of classes that the file lists, also without objects.
+    Attributes: file: its path; of an image without one, that of the image. split: of images that
+        state no other; None: the split that it is built for. classes: its classes' labels in
+        `images`; `listed` are those that it lists, without objects too. problems: found while
+        parsing, each with its split. decimals: boxes are fractions of the image, rounded to these
+        decimals of a pixel; None: pixels.
     """
 
     file: Path
@@ -339,16 +330,10 @@ class LabelFile:
         *,
         where: str = "",
     ) -> bool:
-        """Add an object to an image; without a class or four numbers it is a problem.
+        """Add an object to an image; without a class or four numbers it is a problem, and False.
 
-        Args:
-            image: of this file.
-            number: of the object in the file; its id if `values` has none.
-            name: of its class.
-            box: pixels, or fractions by :attr:`decimals`.
-            stated: the box as written, for the problem.
-            values: others, see :func:`to_annotation`.
-            where: the object in words, for the problem.
+        `number` is its id if `values` has none; `stated`, the box as written, and `where`, the
+        object in words, are for the problem.
         """
         where = where or f"{cut(image.name)}: object {number}"
         if not name:
@@ -366,11 +351,8 @@ class LabelFile:
 class ClassList:
     """The classes of a data set, those of one name merged.
 
-    Attributes:
-        names: one per label, all different.
-        ids: of the first of each name, by label.
-        labels: the label of each class in a label file.
-        problems: one for each name that was there more than once.
+    `names` and `ids` (of the first of each name) go by label; `labels` has the label of each class
+    in a label file.
     """
 
     names: tuple[str, ...]
@@ -384,10 +366,8 @@ def merge_classes(
 ) -> ClassList:
     """Merge classes of one name: as two classes they would share their objects at random.
 
-    Args:
-        classes: id and name of each, in the order of their labels.
-        file: where they are listed.
-        by_id: label files state the ids, as text, rather than the names.
+    `classes` are id and name of each, listed in `file`, in the order of their labels; by `by_id`
+    label files state the ids, as text, rather than the names.
     """
     ids_by_name: dict[str, list[int]] = {}
     similar: dict[str, list[str]] = {}
@@ -500,11 +480,7 @@ def find_tables(
     detect: Detect,
     parse: Callable[[Path], LabelFile],
 ) -> LabelSet | None:
-    """Find label files of many images each; None if there are none.
-
-    A file whose labels are all in other files is left out: a subset beside the whole, or the whole
-    beside its splits.
-    """
+    """Find label files of many images each, without those whose labels are all in other files."""
 
     @cache
     def items_of(file: Path) -> frozenset[Item]:
@@ -597,7 +573,7 @@ def build(
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
     for file, image, path in found:
-        built = _build_image(file, image, path, classes, sizes, listed)
+        built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
         if path in images:
             images[path] = _merge_images(images[path], built, listed)
             continue
@@ -613,7 +589,7 @@ def build(
         format=format,
         source=tree.path,
         problems=tuple(listed),
-        extra=extra or {},
+        extra=extra or {} if tree.extras else {},
     )
 
 
@@ -729,6 +705,8 @@ def _build_image(
     classes: ClassList,
     sizes: Mapping[Path, tuple[int, int] | DataError],
     problems: list[Problem],
+    *,
+    keep_extra: bool,
 ) -> LabelledImage:
     """Convert an image with its objects; those of unknown classes become problems."""
     width, height, objects = image.width, image.height, image.annotations
@@ -762,9 +740,13 @@ def _build_image(
                 fix = "read as fractions of the image"
                 problems.append(Problem("box-normalised", file.file, item.id, reason, fix))
             item = _to_pixels(item, width, height, file.decimals or 6)
-        annotations.append(item if label == item.label else replace(item, label=label))
+        extra = item.extra if keep_extra else {}
+        if (label, extra) != (item.label, item.extra):
+            item = replace(item, label=label, extra=extra)
+        annotations.append(item)
     label_file = None if file.file == path else file.file
-    return LabelledImage(path, image.id, tuple(annotations), width, height, label_file, image.extra)
+    extra = image.extra if keep_extra else {}
+    return LabelledImage(path, image.id, tuple(annotations), width, height, label_file, extra)
 
 
 def _is_fraction(box: Box) -> bool:

@@ -209,8 +209,8 @@ def _values(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
 def write(writing: Writing) -> None:
     """Write Annotations/, JPEGImages/, ImageSets/Main/ and classes.txt.
 
-    Values without an element in VOC (a crowd, an area, an id of another source) are elements of
-    COCO's names, which other programs skip; a crowd is also marked difficult.
+    Values without an element in VOC are elements of COCO's names, which other programs skip; a
+    crowd is also marked difficult.
     """
     names = writing.names(together=True, stems=True)
     labels = writing.folder / "Annotations"

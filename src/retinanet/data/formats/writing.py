@@ -33,11 +33,8 @@ SHARD_SIZE = "256MB"
 class Writing:
     """A data set that is written into a folder.
 
-    Attributes:
-        suffixes: new extensions of images whose own is wrong.
-        progress: called with the numbers of images done and in total.
-        lost: counts of what the format cannot hold, by description.
-        shard_size: maximum samples (``1000``) or bytes (``256MB``) per WebDataset shard.
+    `suffixes` are new extensions of images whose own is wrong; `lost` counts what the format cannot
+    hold; a WebDataset shard has at most `shard_size` samples (``1000``) or bytes (``256MB``).
     """
 
     splits: Mapping[str, Dataset]
@@ -63,9 +60,7 @@ class Writing:
     def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
         """Return a file name for each image of each split, the image's own if it is free.
 
-        Args:
-            together: all splits share a folder.
-            stems: names must differ without their extensions, for label files of the same stem.
+        All splits share a folder (`together`); names differ without their extensions (`stems`).
         """
         names: dict[str, dict[Path, str]] = {}
         taken: set[str] = set()
@@ -135,11 +130,7 @@ def check_apart(folder: Path, sources: Iterable[Path]) -> None:
 
 @contextmanager
 def new_folder(folder: Path, sources: Iterable[Path]) -> Iterator[Path]:
-    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise.
-
-    Raises:
-        DataError: `folder` is a file or not empty, or it is, contains or is inside a source.
-    """
+    """Create a temporary folder that is renamed to `folder` on success, and removed otherwise."""
     check_apart(folder, sources)
     target = folder.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

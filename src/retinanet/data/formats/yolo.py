@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -243,7 +243,7 @@ def _from_settings(
 def _load_yaml(file: Path) -> dict[Any, Any]:
     try:
         # Names stay text: on, off and 007 are classes, no truth values and no number.
-        content = yaml.load(read_text(file), Loader=_TextLoader)
+        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
@@ -254,31 +254,25 @@ def _load_yaml(file: Path) -> dict[Any, Any]:
     return content
 
 
-class _TextLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads every scalar as text."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-
 def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
     names = content.get("names")
     if isinstance(names, list):
-        return tuple(str(name) for name in names)
-    if isinstance(names, dict):
-        try:
-            numbered = {int(number): str(name) for number, name in names.items()}
-        except (TypeError, ValueError):
-            raise DataError(f"{file}: names must go by number, as in 0: person") from None
-        if sorted(numbered) != list(range(len(numbered))):
-            raise DataError(
-                f"{file}: names must be numbered 0 to {len(numbered) - 1} without a gap, "
-                f"got {sorted(numbered)[:10]}"
-            )
-        return tuple(numbered[number] for number in range(len(numbered)))
-    count = to_int(content.get("nc"))
-    if count is not None and count > 0:
-        return tuple(str(number) for number in range(count))
-    raise DataError(f"{file}: has no names; write names: [first, second, ...]")
+        return tuple(map(str, names))
+    if not isinstance(names, dict):
+        count = to_int(content.get("nc")) or 0
+        if count < 1:
+            raise DataError(f"{file}: has no names; write names: [first, second, ...]")
+        return tuple(map(str, range(count)))
+    try:
+        numbered = {int(number): str(name) for number, name in names.items()}
+    except (TypeError, ValueError):
+        raise DataError(f"{file}: names must go by number, as in 0: person") from None
+    if sorted(numbered) != list(range(len(numbered))):
+        raise DataError(
+            f"{file}: names must be numbered 0 to {len(numbered) - 1} without a gap, "
+            f"got {sorted(numbered)[:10]}"
+        )
+    return tuple(numbered[number] for number in range(len(numbered)))
 
 
 def _yaml_base(file: Path, path: Any) -> Path:
@@ -294,8 +288,8 @@ def _yaml_base(file: Path, path: Any) -> Path:
 def _entry_images(file: Path, base: Path, entry: str, tree: Tree) -> list[Path] | None:
     """Images of a folder or of a list file; None where there is neither.
 
-    Exporters write ../train/images for what lies beside the file, and paths of other machines: the
-    longest tail that exists counts.
+    Exporters write paths that are relative to other folders, or of other machines: the longest tail
+    that exists counts.
     """
     plain = entry.replace("\\", "/")
     parts = [part for part in PurePosixPath(plain).parts if part not in ("/", ".", "..")]
@@ -457,11 +451,7 @@ def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
 
 
 def write(writing: Writing) -> None:
-    """Write images/SPLIT/, labels/SPLIT/ and data.yaml.
-
-    Objects that are ignored (crowds, difficult ones) are left out: a row cannot say so, and as
-    plain rows they would be trained on.
-    """
+    """Write images/SPLIT/, labels/SPLIT/ and data.yaml without ignored objects."""
     names = writing.names(together=False, stems=True)
     for split, dataset in writing.splits.items():
         folder = writing.folder / "labels" / split
