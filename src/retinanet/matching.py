@@ -17,8 +17,8 @@ _DEFAULTS = MatchingConfig()
 _MIN_RUN, _MAX_RUN = 1024, 2**14
 _CPU_PAIRS = 2**18  # objects of an image times anchors of a run
 _CPU_TILE = 64  # objects compared at a time with a run
-_FEW_PAIRS = 2**16  # pairs of all images that are compared at once
-_DEVICE_PAIRS = 2**23  # pairs compared at a time on other devices: 32 MB per intermediate
+FEW_PAIRS = 2**16  # pairs of all images that are compared at once
+DEVICE_PAIRS = 2**23  # pairs compared at a time on other devices: 32 MB per intermediate
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def match_anchors(
         )
     kinds = usable_labels(targets)
     # A loop over images and runs does not pay for few pairs.
-    prunes = is_readable(boxes) and kinds.numel() * len(anchors) > _FEW_PAIRS
+    prunes = is_readable(boxes) and kinds.numel() * len(anchors) > FEW_PAIRS
     match = match_on_cpu if prunes else match_on_device
     return match(
         anchors.to(boxes.dtype), boxes, kinds, (foreground_iou, background_iou, low_quality_matches)
@@ -241,8 +241,8 @@ def match_on_device(
     images, objects = kinds.shape
     # Rows that match nothing must not turn a maximum into NaN.
     columns = _columns(boxes.masked_fill((kinds == BACKGROUND)[..., None], 0))
-    length = max(1, min(len(anchors), _DEVICE_PAIRS // max(1, images)))
-    tile = max(1, _DEVICE_PAIRS // max(1, images * length))
+    length = max(1, min(len(anchors), DEVICE_PAIRS // max(1, images)))
+    tile = max(1, DEVICE_PAIRS // max(1, images * length))
     tiles = [slice(first, first + tile) for first in range(0, objects, tile)]
     runs = torch.split(_columns(anchors), length, dim=1)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, get_args
 import torch
 from torch import Tensor
 
-from retinanet.boxes import clip_boxes, decode_boxes
+from retinanet.boxes import box_iou, clip_boxes, decode_boxes
 from retinanet.config import DetectConfig, NmsKind
 from retinanet.kernels import native
 from retinanet.structures import Detections, Outputs, flatten_level
@@ -18,6 +18,8 @@ _DEFAULTS: dict[str, Any] = {
     **DetectConfig().model_dump(exclude={"score_thresholds", "flip_tta"}),
     "class_thresholds": None,
 }
+
+_COUNTS = ("topk_candidates", "detections_per_image")
 
 _BLOCK = 128  # consecutive logits that are skipped at once if none is above the threshold
 
@@ -274,7 +276,7 @@ def soften(
             break
         kept.append(table[every, index][is_left])
         chosen.append(best[is_left])
-        decay = (-(_iou(own[every, index][:, None], own) ** 2) / sigma).exp()
+        decay = (-(box_iou(own[every, index][:, None], own) ** 2) / sigma).exp()
         left = (left * decay).scatter(1, index[:, None], -1.0)
     return torch.cat(kept), torch.cat(chosen)
 
@@ -306,7 +308,7 @@ def fuse(
         best = box.new_full((len(box),), -1.0)
         index = counts[is_box]
         if size:
-            iou = _iou(box[:, None], fused[is_box, :size])
+            iou = box_iou(box[:, None], fused[is_box, :size])
             iou = torch.where(first[is_box, :size] >= 0, iou, -1.0)
             best, nearest = iou.max(dim=1)
             index = torch.where(best > threshold, nearest, index)
@@ -340,17 +342,6 @@ def _group_table(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     is_box = torch.zeros_like(table, dtype=torch.bool)
     table[group, rank], is_box[group, rank] = order, True
     return table, is_box
-
-
-def _iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Compute the IoU of (..., 4) boxes with (..., 4) others, broadcast."""
-    low = torch.maximum(boxes[..., :2], others[..., :2])
-    high = torch.minimum(boxes[..., 2:], others[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(dim=-1)
-    areas = (boxes[..., 2:] - boxes[..., :2]).prod(-1) + (others[..., 2:] - others[..., :2]).prod(
-        -1
-    )
-    return overlap / (areas - overlap).clamp(min=1e-9)
 
 
 def _min_logits(
@@ -511,21 +502,17 @@ def _check_settings(num_classes: int, settings: PostprocessSettings) -> None:
         raise ValueError(
             f"class_thresholds has {len(thresholds)} numbers, and there are {num_classes} classes"
         )
-    for score in thresholds:
-        if not 0 <= score < 1:
-            raise ValueError(f"score_threshold must lie in [0, 1), got {score}")
-    if used["nms"] not in get_args(NmsKind):
-        raise ValueError(f"nms must be one of {', '.join(get_args(NmsKind))}, got {used['nms']!r}")
-    if not 0 < used["nms_threshold"] <= 1:
-        raise ValueError(f"nms_threshold must lie in (0, 1], got {used['nms_threshold']}")
-    for name in ("nms_sigma", "temperature"):
-        if not used[name] > 0:
-            raise ValueError(f"{name} must be over 0, got {used[name]}")
-    if used["topk_candidates"] < 1 or used["detections_per_image"] < 1:
-        raise ValueError(
-            "topk_candidates and detections_per_image must be 1 or more, "
-            f"got {used['topk_candidates']} and {used['detections_per_image']}"
-        )
+    kinds = get_args(NmsKind)
+    limits = [
+        *(("score_threshold", score, 0 <= score < 1, "in [0, 1)") for score in thresholds),
+        ("nms", used["nms"], used["nms"] in kinds, f"one of {', '.join(kinds)}"),
+        ("nms_threshold", used["nms_threshold"], 0 < used["nms_threshold"] <= 1, "in (0, 1]"),
+        *((name, used[name], used[name] > 0, "over 0") for name in ("nms_sigma", "temperature")),
+        *((name, used[name], used[name] >= 1, "1 or more") for name in _COUNTS),
+    ]
+    for name, value, is_valid, allowed in limits:
+        if not is_valid:
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _check(outputs: Outputs, anchors: Sequence[Tensor], sizes: Tensor, num_classes: int) -> None:

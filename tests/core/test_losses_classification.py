@@ -126,19 +126,6 @@ def test_sum_error_does_not_grow_with_number_of_elements(logit: float) -> None:
         assert float(loss) == pytest.approx(expected, rel=2e-6)
 
 
-@pytest.mark.parametrize("prior", [0.5, 0.01])
-def test_loss_at_initialization(prior: float) -> None:
-    """Sec. 3.3: an anchor of K classes costs -K ln(1 - prior): K ln 2 without the prior."""
-    logits = torch.full((100, 80), -math.log((1 - prior) / prior))
-    loss = cross_entropy(logits, torch.full((100,), BACKGROUND))
-    assert float(loss) / 100 == pytest.approx(-80 * math.log(1 - prior), rel=1e-5)
-
-
-def test_star_with_gamma_1_is_cross_entropy() -> None:
-    logits = random_logits(7, 5)
-    assert_close(focal_loss_star(logits, LABELS, gamma=1.0), cross_entropy(logits, LABELS))
-
-
 @pytest.mark.parametrize("y", [1, -1])
 def test_derivatives_of_appendix_b(y: int) -> None:
     x = torch.linspace(-8, 8, 33, dtype=torch.float64)[:, None].requires_grad_()
@@ -177,15 +164,6 @@ def test_focal_loss_by_hand() -> None:
         rtol=1e-6,
         atol=0,
     )
-
-
-def test_focal_loss_star_by_hand() -> None:
-    # gamma 2, beta 1, x = 1: positive -ln sigmoid(3) / 2, negative -ln sigmoid(-1) / 2
-    logits = torch.tensor([[1.0]])
-    positive = float(focal_loss_star(logits, torch.tensor([0]), beta=1.0))
-    negative = float(focal_loss_star(logits, torch.tensor([-1]), beta=1.0))
-    assert positive == pytest.approx(0.0485874 / 2, rel=1e-5)
-    assert negative == pytest.approx(1.3132617 / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("function", [quality_focal_loss, varifocal_loss])
@@ -254,25 +232,6 @@ def test_rows_with_scores_in_inference_mode_have_the_same_loss(kind: Any) -> Non
     with torch.inference_mode():
         loss = weighted_sum(logits * 1, LABELS, weights, formula, scores=scores)
     assert float(loss) == float(expected.detach())
-
-
-def test_hinge_loss_by_hand() -> None:
-    # p = .1, label 0 of 2: .5 - .1; the other class p = .8 is background: p_t = .2, .5 - .2
-    logits = torch.tensor([[0.1, 0.8]], dtype=torch.float64).logit()
-    label = torch.tensor([0])
-    each = hinge_loss(logits, label, reduction="none")
-    assert_close(each, torch.tensor([[0.4, 0.3]]).double())
-    assert float(hinge_loss(logits, label)) == pytest.approx(0.7)
-    assert float(hinge_loss(logits, label, margin=0.15)) == pytest.approx(0.05)
-    assert float(hinge_loss(logits, label, alpha=0.25)) == pytest.approx(0.25 * 0.4 + 0.75 * 0.3)
-
-
-def test_alpha_of_each_class() -> None:
-    logits = torch.zeros(1, 2)  # each element costs ln 2
-    loss = cross_entropy(logits, torch.tensor([1]), alpha=[0.1, 0.7], reduction="none")
-    assert_close(loss, torch.tensor([[0.9 * math.log(2), 0.7 * math.log(2)]]))
-    total = cross_entropy(logits, torch.tensor([1]), alpha=torch.tensor([0.1, 0.7]))
-    assert float(total) == pytest.approx(1.6 * math.log(2))
 
 
 def test_mean_is_over_what_is_not_ignored() -> None:
@@ -483,12 +442,6 @@ def test_few_rows(rows: int) -> None:
             loss = focal_loss(logits, targets, reduction=reduction)  # type: ignore[arg-type]
             loss.backward()
             assert loss.isfinite()
-
-
-def test_labels_of_any_integer_type() -> None:
-    logits = random_logits(7, 5)
-    for kind in (torch.int32, torch.int16, torch.int8):
-        assert_close(focal_loss(logits, LABELS.to(kind)), focal_loss(logits, LABELS))
 
 
 def test_backward_twice_with_a_retained_graph() -> None:

@@ -106,18 +106,6 @@ def test_equal_to_the_slow_loop(
         assert (expected != IGNORED).any()
 
 
-@pytest.mark.parametrize("ratio", [None, 3.0])
-def test_of_equal_losses_chance_decides(ratio: float | None) -> None:
-    """As of an untrained network: four different logits only."""
-    logits, labels, boxes = an_image(7, classes=1)
-    logits = (logits / 4).round().clamp(-2, 1) * 4
-    found = hard_examples(
-        [logits], labels, boxes, size=16, nms_threshold=0.6, negatives_per_positive=ratio
-    )
-    expected = in_numpy(logits[0].numpy(), labels[0].numpy(), boxes[0].numpy(), 16, 0.6, ratio)
-    assert found[0].tolist() == expected.tolist()
-
-
 def test_a_network_that_says_the_same_everywhere_is_mined_everywhere() -> None:
     """In bfloat16 all logits of the first steps are one number (Sec. 3.3: the prior)."""
     places = torch.arange(40.0)
@@ -174,19 +162,6 @@ def test_by_hand() -> None:
     assert kept(size=1, nms_threshold=0.66) == [3]
     labels[0, 3] = IGNORED  # which then suppresses nobody; 2 and 0 are 4 apart
     assert kept(size=4, nms_threshold=0.66) == [0, 1, 2]
-
-
-def test_the_loss_of_an_anchor_is_that_of_all_its_classes() -> None:
-    # Background: 2 ln(1 + e^1) = 2.63; class 1: ln(1 + e^-3) + ln(1 + e^2.5) = .05 + 2.58 = 2.63;
-    # class 0: ln(1 + e^2) + ln(1 + e^2) = 4.25; background ln(1 + e^2.6) + ln(1 + e^-9) = 2.67
-    logits = [torch.tensor([[[1.0, 1.0], [2.5, 3.0], [-2.0, 2.0], [2.6, -9.0]]])]
-    labels = torch.tensor([[BACKGROUND, 1, 0, BACKGROUND]])
-    options: dict[str, Any] = {"nms_threshold": 0.5}
-    boxes = row_of(0, 20, 40, 60)
-    one = hard_examples(logits, labels, boxes, size=1, **options)
-    assert one.tolist() == [[IGNORED, IGNORED, 0, IGNORED]]
-    two = hard_examples(logits, labels, boxes, size=2, **options)
-    assert two.tolist() == [[IGNORED, IGNORED, 0, BACKGROUND]]
 
 
 def test_the_ratio_by_hand() -> None:

@@ -19,10 +19,10 @@ from retinanet.structures import BACKGROUND, IGNORED, Targets, pad_targets
 @pytest.fixture(params=["cpu", "device"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations: the CPU's, and the device's in small tiles, on the CPU."""
-    monkeypatch.setattr(module, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(module, "FEW_PAIRS", 0)
     if request.param == "device":
         monkeypatch.setattr(module, "match_on_cpu", module.match_on_device)
-        monkeypatch.setattr(module, "_DEVICE_PAIRS", 20_000)
+        monkeypatch.setattr(module, "DEVICE_PAIRS", 20_000)
 
 
 def targets_of(*boxes: list[float], labels: list[int] | None = None) -> Targets:
@@ -265,7 +265,7 @@ def test_all_images_at_once_is_image_by_image_to_the_bit(
     low_quality_matches: bool, objects: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random objects with ties, crowds, padding and boxes without area, in whole and tiny tiles."""
-    monkeypatch.setattr(module, "_FEW_PAIRS", 0)
+    monkeypatch.setattr(module, "FEW_PAIRS", 0)
     generator = torch.Generator().manual_seed(objects)
     anchors = small_grid()
     boxes = torch.stack([random_objects(objects, 400, generator) for _ in range(3)])
@@ -279,7 +279,7 @@ def test_all_images_at_once_is_image_by_image_to_the_bit(
     assert {BACKGROUND, IGNORED, 3} <= set(expected.unique().tolist())
     monkeypatch.setattr(module, "match_on_cpu", module.match_on_device)
     for pairs in (2**20, 9_000):
-        monkeypatch.setattr(module, "_DEVICE_PAIRS", pairs)
+        monkeypatch.setattr(module, "DEVICE_PAIRS", pairs)
         found = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
         assert torch.equal(found, expected)
 
@@ -307,19 +307,6 @@ def test_off_the_cpu_no_value_is_looked_at(low_quality_matches: bool) -> None:
     assert matches.shape == (2, 9)
     assert matches.dtype == torch.int64
     assert anchor_labels(matches, target.labels).shape == (2, 9)
-
-
-@pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("low_quality_matches", [False, True])
-def test_permuted_anchors_permute_the_matches(low_quality_matches: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    anchors = small_grid()
-    boxes = torch.stack([random_objects(40, 400, generator) for _ in range(2)])
-    target = Targets(boxes, torch.randint(IGNORED, 4, (2, 40), generator=generator))
-    expected = match_anchors(anchors, target, low_quality_matches=low_quality_matches)
-    order = torch.randperm(len(anchors), generator=generator)
-    found = match_anchors(anchors[order], target, low_quality_matches=low_quality_matches)
-    assert torch.equal(found, expected[:, order])
 
 
 class LargestTensor(TorchDispatchMode):

@@ -211,7 +211,7 @@ def test_gradient_elsewhere_nowhere_and_over_the_logits(dtype: torch.dtype) -> N
 
 @needs_library
 def test_loss_does_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr(native, "ELEMENTS_PER_THREAD", 1)
     logits, *rest = case(3000, 80)
     found = []
     for threads in (1, 2, 3):
@@ -278,7 +278,7 @@ def test_suppression_in_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -
     options: Any = {"num_classes": 5, "threshold": 0.5, "max_count": 10**9}
     counts = torch.tensor([400, 400, 400])
     expected = native.suppress(boxes, labels, counts, **options)
-    monkeypatch.setattr(native, "_ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr(native, "ELEMENTS_PER_THREAD", 1)
     assert torch.equal(native.suppress(boxes, labels, counts, **options), expected)
 
 

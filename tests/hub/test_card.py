@@ -48,12 +48,9 @@ def test_card_of_a_run_has_metrics_data_training_and_speed(prepared: Path) -> No
     for line in (
         "# shapes",
         'detector = rn.load("hf://me/shapes")',
-        "| AP | mean over IoU .50 to .95 and classes | 0.123 |",
-        "| APm | from 32² to 96² | - |",
-        "Splits: seed 0, 20% for validation.",
-        "| images | 4 | 3 |",
-        "Speed: 7.2 images/s",
-        "on a CPU with 3 threads",
+        "| mean AP over IoU .50 to .95 and classes | 0.123 |",
+        "| AP of objects from 32² to 96² | - |",
+        "4 images in `train`, 3 images in `val` (seed 0, 20% for validation).",
         "9 steps of 8 images (the weights are those after step 7, the best on `val`)",
         "Loss: focal (alpha 0.25, gamma 2) for classes, smooth_l1 for boxes.",
         "backbone weights backbone.safetensors",
@@ -72,12 +69,10 @@ def test_limits_follow_from_the_numbers_of_the_run(run: Path, tmp_path: Path) ->
         "An AP of 0.123 is weak",
         "The validation split is random: where several images show one scene",
         "Classes with too few objects for a reliable AP:",
-        "weak on small objects: APs is 0.010",
-        "by 0.31 on average",
     ):
         assert words in text, words
     many = [{"name": "x", "objects": 100, "ap": 0.5}]
-    change(run / "metrics.json", ap=0.2, ap_small=0.1, per_class=many, calibration=None)
+    change(run / "metrics.json", ap=0.2, per_class=many)
     change(run / "run.json", images={"train": 1000, "val": 9}, split_origin="the format's own")
     text = card(run, tmp_path / "many").partition("## Limits")[2]
     assert text.count("\n- ") == 2
@@ -89,7 +84,7 @@ def test_card_of_a_checkpoint_alone_states_what_is_unknown(run: Path, tmp_path: 
     (run / "best").rename(alone)
     text = card(alone, tmp_path / "out")
     assert "This model was not evaluated on labelled images." in text
-    assert text.count("Not recorded with this checkpoint.") == 2
+    assert "Not recorded with this checkpoint." in text
     assert "Its accuracy is unknown." in text
     assert "model-index" not in text
     files = sorted(file.name for file in (tmp_path / "out").iterdir())

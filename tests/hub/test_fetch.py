@@ -60,7 +60,7 @@ def test_load_by_revision_keeps_the_commit_in_its_source(hub: Hub, run: Path) ->
     ):
         info = load_checkpoint(name).info
         assert (info["step"], info["source"]) == (step, f"{NAME}@{commit}")
-    with pytest.raises(WeightsError, match=f"{NAME} has no revision 'v9'"):
+    with pytest.raises(WeightsError, match=f"{NAME}@v9: there is no such revision"):
         load_checkpoint(f"{NAME}@v9")
 
 
@@ -72,7 +72,9 @@ def test_cached_model_needs_no_hub(hub: Hub, run: Path, monkeypatch: pytest.Monk
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_checkpoint(NAME).info["source"] == source
-    with pytest.raises(WeightsError, match=r"hf://me/x is not in the cache, and HF_HUB_OFFLINE"):
+    with pytest.raises(
+        WeightsError, match=r"hf://me/x: it is not in the cache, and HF_HUB_OFFLINE"
+    ):
         load_checkpoint("hf://me/x")
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -85,7 +87,7 @@ def test_cached_model_needs_no_hub(hub: Hub, run: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"README.md": b"x"}, r"no model\.safetensors and no model\.json"),
+        ({"README.md": b"x"}, r"no model\.safetensors, model\.json"),
         ({"model.safetensors": b"x", "config.json": b"{}"}, r"no model\.json"),
         ({"model.safetensors": b"x", "model.json": b"{}"}, r'it lacks "format"'),
     ],
@@ -98,16 +100,18 @@ def test_other_repositories_are_errors(hub: Hub, files: dict[str, bytes], messag
 
 
 def test_errors_of_the_hub_are_explained(hub: Hub) -> None:
-    with pytest.raises(WeightsError, match=r"hf://me/none is not on http.*, or is private and"):
+    with pytest.raises(
+        WeightsError, match=r"load hf://me/none: it is not on http.*, or is private and"
+    ):
         load_checkpoint("hf://me/none")
-    with pytest.raises(WeightsError, match="is no name on the hub"):
+    with pytest.raises(WeightsError, match="HFValidationError"):
         load_checkpoint("hf://me/-x--y")
     hub.repositories["me/gated"] = Repository(gated=True)
     hub.repositories["me/gated"].add({"model.json": b"{}"})
-    with pytest.raises(WeightsError, match=r"is gated: accept its terms at http.*/me/gated"):
+    with pytest.raises(WeightsError, match=r"accept its terms at http.*/me/gated"):
         load_checkpoint("hf://me/gated")
     hub.broken = True
-    with pytest.raises(WeightsError, match="hf://me/none cannot be had"):
+    with pytest.raises(WeightsError, match="cannot load hf://me/none: "):
         load_checkpoint("hf://me/none")
 
 

@@ -533,15 +533,6 @@ def test_video_cut_off_after_its_index_has_missing_frames(
     assert summary.frames + summary.missing + summary.broken == 60
 
 
-def test_video_hole_is_counted_as_missing(detector: Detector, tmp_path: Path) -> None:
-    """Twelve of 60 frames, .48 s, are taken out of a file without an index."""
-    whole, clip = tmp_path / "whole.mkv", tmp_path / "clip.mkv"
-    write_clip(whole, walk(60), codec="mjpeg", form="yuvj420p", time_base=Fraction(1, 1000))
-    remux(whole, clip, left_out=range(20, 32))
-    summary = detect_video(detector, clip, tmp_path / "found")
-    assert (summary.frames, summary.missing, summary.complete) == (48, 12, False)
-
-
 def test_video_with_varying_intervals_misses_nothing(detector: Detector, tmp_path: Path) -> None:
     """Frames at long intervals now and then, as screen recorders write them; and sound."""
     for suffix in (".mkv", ".mp4"):

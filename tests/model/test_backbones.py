@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,13 @@ CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
-def test_every_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
-    with torch.device("meta"):
-        backbone = build_backbone(name, stride_padding=padding)
-        maps = backbone(torch.empty(2, 3, 96, 160))
-    assert backbone.channels == CHANNELS[name]
+def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
+    with torch.no_grad():
+        maps = build_backbone(name, stride_padding=padding)(torch.zeros(1, 3, 32, 96))
     widths = zip(CHANNELS[name], (4, 8, 16, 32), strict=True)
-    expected = [(2, width, 96 // s, 160 // s) for width, s in widths]
+    expected = [(1, width, 32 // s, 96 // s) for width, s in widths]
     assert [tuple(one.shape) for one in maps] == expected
 
 
@@ -54,6 +52,7 @@ def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
         theirs = torchvision.models.get_model(name, weights=None)
+    assert ours.channels == CHANNELS[name]
     # The printed form has each setting of a module: stride, padding, groups, ...
     printed = {n: repr(m) for n, m in theirs.named_modules() if not list(m.children())}
     unused = ("fc", "avgpool", "classifier.0", "classifier.1")
@@ -79,7 +78,7 @@ def test_seed_gives_torchvisions_weights_and_next_number(name: str, norm: str) -
 # Parts of torchvision's network up to the last that gives stride 4, 8, 16 and 32.
 @pytest.mark.parametrize(
     ("name", "ends"),
-    [("resnet18", (5, 6, 7, 8)), ("resnet50", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))],
+    [("resnet18", (5, 6, 7, 8)), ("mobilenet_v2", (4, 7, 14, 19))],
 )
 def test_the_maps_are_torchvisions_last_of_each_stride(name: str, ends: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -169,26 +168,19 @@ def _build(weights: Path | str, **settings: Any) -> Any:
     return build_retinanet(**{**plain, **settings, "backbone_weights": weights})
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
-@pytest.mark.parametrize("whole", [True, False], ids=["classifier", "features"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_weights_from_a_file(tmp_path: Path, suffix: str, whole: bool, name: str) -> None:
+def test_weights_from_a_file_with_or_without_classifier(tmp_path: Path, name: str) -> None:
     state = _state(name)
-    if not whole:
-        state = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-    file = tmp_path / f"weights.{suffix}"
-    save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
-    model = _build(file, backbone=name)
-    for key, value in model.backbone.state_dict().items():
-        torch.testing.assert_close(value, state[key], msg=key)
-    assert model.spec.frozen_stages == 2
-
-
-def test_a_wrapped_state_dict_and_one_of_data_parallel(tmp_path: Path) -> None:
-    state = {f"module.{key}": value for key, value in _state("resnet18").items()}
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.pth")
-    model = _build(tmp_path / "a.pth")
-    torch.testing.assert_close(model.backbone.conv1.weight, state["module.conv1.weight"])
+    bare = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(bare, tmp_path / "b.pth")
+    wrapped = {f"module.{key}": value for key, value in state.items()}  # of DataParallel
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "c.pth")
+    for file in ("a.safetensors", "b.pth", "c.pth"):
+        model = _build(tmp_path / file, backbone=name)
+        for key, value in model.backbone.state_dict().items():
+            torch.testing.assert_close(value, state[key], msg=key)
+        assert model.spec.frozen_stages == 2
 
 
 def test_misfits_are_listed(tmp_path: Path) -> None:
@@ -204,6 +196,12 @@ def test_misfits_are_listed(tmp_path: Path) -> None:
         "1 missing (layer4.1.conv2.weight); 1 unknown (layer9.weight); "
         "1 of another shape (conv1.weight is 64x1x7x7, not 64x3x7x7)"
     )
+
+
+def test_weights_of_another_backbone_are_named(tmp_path: Path) -> None:
+    save_file(_state("mobilenet_v2"), tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"of mobilenet_v2: set model\.backbone=mobilenet_v2"):
+        _build(tmp_path / "a.safetensors")
 
 
 def test_weights_file_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -266,14 +264,21 @@ def test_default_weights_come_from_torchs_cache(no_internet: Path) -> None:
     assert model.spec.pixel_mean == (123.675, 116.28, 103.53)
 
 
-# torchvision's first weights of each: trained as the paper's were.
+# By default torchvision's first weights of each: trained as the paper's were.
 @pytest.mark.usefixtures("no_internet")
 @pytest.mark.parametrize(
-    "file", ["resnet18-f37072fd", "resnet50-0676ba61", "mobilenet_v2-b0353104"]
+    ("weights", "file"),
+    [
+        ("default", "resnet18-f37072fd"),
+        ("default", "resnet50-0676ba61"),
+        ("default", "mobilenet_v2-b0353104"),
+        ("IMAGENET1K_V2", "resnet50-11ad3fa6"),
+        ("ResNet50_Weights.IMAGENET1K_V2", "resnet50-11ad3fa6"),
+    ],
 )
-def test_without_internet_the_choices_are_named(file: str) -> None:
+def test_without_internet_the_choices_are_named(weights: str, file: str) -> None:
     with pytest.raises(WeightsError) as caught:
-        _build("default", backbone=file.split("-")[0])
+        _build(weights, backbone=file.split("-")[0])
     message = str(caught.value)
     assert message.startswith(f"cannot fetch https://download.pytorch.org/models/{file}.pth: ")
     assert "--backbone-weights FILE" in message
@@ -341,14 +346,7 @@ def test_timm_weights_without_internet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "timm":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'retinanet\[timm\]'"):
         build_backbone("timm/resnet10t")
 
@@ -375,7 +373,7 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
     # A copy folds by itself: not by the norms of what it was copied from.
     folded = deepcopy(folded).double().train()
     plain = plain.double().eval()
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
     got, expected = folded(images)[1:], plain(images)[1:]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -388,13 +386,6 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
         torch.testing.assert_close(
             parameter.grad, wanted[parameter_name].grad, rtol=1e-7, atol=1e-9
         )
-
-
-@pytest.mark.parametrize("entry", ["IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V2"])
-def test_weights_by_torchvisions_name_are_that_file(entry: str, no_internet: Path) -> None:
-    with pytest.raises(WeightsError, match=r"cannot fetch https://.*/resnet50-11ad3fa6\.pth"):
-        _build(entry, backbone="resnet50")
-    assert not no_internet.exists() or not list(no_internet.iterdir())
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "timm/resnet18"])

@@ -118,11 +118,11 @@ def test_sizes_come_and_go() -> None:
                 assert_same(model, fused, random_images(1, 3, *size), 2e-5)
     for module in fused.backbone.modules():
         if isinstance(module, FusedConv2d):
-            (packed,) = module._packed.values()
-            assert len(packed) == fused_module._SHAPES_KEPT
+            (packed,) = module.packed.values()
+            assert len(packed) == fused_module.SHAPES_KEPT
     last = fused.class_head.last
     assert isinstance(last, FusedConv2d)
-    (packed,) = last._packed.values()
+    (packed,) = last.packed.values()
     assert len(packed) == 5  # the levels of the last size
     assert any(weight is not None for weight in packed.values())
     # A layout for another number of threads takes several times as long.
@@ -132,7 +132,7 @@ def test_sizes_come_and_go() -> None:
         assert_same(model, fused, random_images(1, 3, 64, 64), 2e-5)
     finally:
         torch.set_num_threads(threads)
-    assert set(last._packed) == {threads, threads + 1}
+    assert set(last.packed) == {threads, threads + 1}
 
 
 def test_the_network_stays_as_it_is() -> None:

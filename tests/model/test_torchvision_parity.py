@@ -19,13 +19,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.errors import WeightsError
 from retinanet.model import load_checkpoint
+from retinanet.model.foreign_weights import V1, V2, convert, keep_classes
 from retinanet.model.retinanet import RetinaNet
-from retinanet.model.torchvision_weights import (
-    V1,
-    V2,
-    from_torchvision,
-    keep_classes,
-)
+from retinanet.model.weight_files import TensorFile
 from retinanet.postprocess import postprocess
 from retinanet.structures import Outputs, flatten_level
 
@@ -36,6 +32,10 @@ WEIGHTS = {
     V1: detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
     V2: detection.RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
 }
+
+
+def converted(state: dict[str, Tensor]) -> RetinaNet:
+    return convert(TensorFile(state, {}, {}), "the file").eval()
 
 
 @pytest.fixture(scope="module", params=[V1, V2], ids=["v1", "v2"])
@@ -69,9 +69,8 @@ def theirs(name: str) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def ours(name: str, theirs: nn.Module) -> RetinaNet:
-    model = from_torchvision(name, theirs.state_dict(), num_classes=91, norm_eps=1e-5)
-    return model.eval()
+def ours(theirs: nn.Module) -> RetinaNet:
+    return converted(theirs.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -145,23 +144,18 @@ def test_a_state_dict_with_the_old_names_loads_too(name: str, theirs: nn.Module)
             parts[3:5] = [str(2 * int(parts[3]))]
         old[".".join(parts)] = value
     assert set(old) != set(state)
-    model = from_torchvision(name, old, num_classes=91, norm_eps=1e-5)
-    again = from_torchvision(name, state, num_classes=91, norm_eps=1e-5)
-    for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+    model, again = converted(old).state_dict(), converted(state).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.items())
 
 
-def test_a_foreign_state_dict_is_refused(name: str, theirs: nn.Module) -> None:
+def test_a_foreign_state_dict_is_refused(theirs: nn.Module) -> None:
     state = dict(theirs.state_dict())
-    state.pop("backbone.fpn.extra_blocks.p6.weight")
+    state.pop("backbone.fpn.extra_blocks.p7.weight")
     state["head.mask.weight"] = torch.zeros(1)
     with pytest.raises(
-        WeightsError, match=r"1 missing \(pyramid.p6.weight\); 1 unknown \(head.mask"
+        WeightsError, match=r"1 missing \(pyramid.p7.weight\); 1 unknown \(head.mask"
     ):
-        from_torchvision(name, state, num_classes=91)
-    other = V1 if name == V2 else V2
-    with pytest.raises(WeightsError, match="do not fit the network"):
-        from_torchvision(other, theirs.state_dict(), num_classes=91)
+        converted(state)
 
 
 def test_kept_classes_have_the_same_logits(
@@ -240,7 +234,8 @@ def test_own_file_of_torchvisions_is_the_same_network(
     # The published file of v1 has no epsilon; it is known by its hash, whatever its name.
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
     entry = SimpleNamespace(url=f"https://host/retinanet-{digest}.pth", meta=WEIGHTS[name].meta)
-    monkeypatch.setattr("retinanet.model.foreign_weights.weights_entry", lambda name: entry)
+    entries = {**WEIGHTS, name: entry}
+    monkeypatch.setattr("retinanet.model.foreign_weights.weights_entry", entries.__getitem__)
     assert load_checkpoint(file).model.spec.norm_eps == (0 if name == V1 else 1e-5)
 
 

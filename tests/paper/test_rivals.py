@@ -220,7 +220,7 @@ def test_ssd512_strides_and_scales() -> None:
 
 
 @pytest.mark.parametrize("sizes", ["[8, 16, 32, 64, 128]", "none"])
-@pytest.mark.parametrize("side", [128, 192, 500])
+@pytest.mark.parametrize("side", [100, 128])
 def test_ssd_default_boxes_are_centred_in_the_image_and_cover_it(side: int, sizes: str) -> None:
     network = tiny_ssd(side, sizes)
     padded = -(-side // 32) * 32

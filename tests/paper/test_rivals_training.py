@@ -158,19 +158,16 @@ def test_micro_batches_are_averaged(splits: dict[str, Dataset]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("faster_rcnn", 25), ("ssd", 60)])
-def test_single_image_is_learned(
-    name: str, steps: int, splits: dict[str, Dataset], tmp_path: Path
-) -> None:
+def test_single_image_is_learned(splits: dict[str, Dataset], tmp_path: Path) -> None:
     single = dataclasses.replace(
         splits["train"],
         images=tuple(i for i in splits["train"].images if len(i.annotations) == 2)[:1],
     )
     recipe = rival_recipe(
-        f"train.steps={steps}", "train.batch_size=1", "train.reference_batch=1", "train.lr=0.002",
-        "data.horizontal_flip=0", f"train.validate_every={steps}", "train.deterministic=false",
+        "train.steps=60", "train.batch_size=1", "train.reference_batch=1", "train.lr=0.002",
+        "data.horizontal_flip=0", "train.validate_every=60", "train.deterministic=false",
     )  # fmt: skip
-    run = train_rival(name, recipe, dict.fromkeys(("train", "val"), single), tmp_path / "run")
+    run = train_rival("ssd", recipe, dict.fromkeys(("train", "val"), single), tmp_path / "run")
     lines = [line for line in _log(run.folder) if "loss" in line]
     assert lines[-1]["loss"] < 0.3 * lines[0]["loss"]
     assert run.metrics["ap50"] > 0.9

@@ -220,12 +220,7 @@ def _identity(
 
 
 def _check_plan(store: Store, plan: dict[str, Any]) -> int:
-    """Compare with the folder's plan, or write it; returns the size of the folder's shards.
-
-    Raises:
-        ConfigError: the folder was begun for something else.
-        DataError: it cannot be written to.
-    """
+    """Compare with the folder's plan, or write it; returns the size of the folder's shards."""
     try:
         names = store.names()
         if not names:
@@ -286,9 +281,6 @@ def share_resources(ray: Any, device: str, workers: int | None) -> tuple[int, in
 
     Returns:
         Number of detectors, and processors and GPUs (0 or 1) of each.
-
-    Raises:
-        ConfigError: a GPU is wanted and the cluster has none.
     """
     nodes = [
         (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
@@ -312,11 +304,7 @@ def share_resources(ray: Any, device: str, workers: int | None) -> tuple[int, in
 
 @contextmanager
 def _cluster(ray: Any) -> Iterator[None]:
-    """Connect to a cluster, or start a local one, and disconnect or stop it at the end.
-
-    Raises:
-        DataError: there is no cluster at RAY_ADDRESS.
-    """
+    """Connect to a cluster, or start a local one, and disconnect or stop it at the end."""
     if ray.is_initialized():
         yield
         return
@@ -341,12 +329,7 @@ def _run_shards(
     shards: Sequence[Sequence[str]],
     on_progress: Progress | None,
 ) -> None:
-    """Run the missing shards.
-
-    Raises:
-        ConfigError: a GPU is wanted and the cluster has none.
-        DataError: no detector can be loaded, or a shard failed.
-    """
+    """Run the missing shards."""
     import fsspec
 
     settings = {kind: dict(values) for kind, values in fsspec.config.conf.items()}

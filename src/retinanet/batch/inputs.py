@@ -40,10 +40,6 @@ def list_inputs(given: Iterable[str]) -> list[str]:
     Args:
         given: images, folders, globs, list files (a path or address per line) and WebDataset
             shards, also with braces (``shard-{000..127}.tar``); on a disk or at an address.
-
-    Raises:
-        DataError: one stands for nothing, or the package of its kind of address is not installed.
-        MissingExtraError: braces need braceexpand, ``hf://`` huggingface_hub.
     """
     outputs = OutputFilter()
     return [

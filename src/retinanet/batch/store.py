@@ -28,11 +28,7 @@ class Store:
         self.address = text.rstrip("/") if is_remote(text) else os.path.abspath(text)
 
     def open(self, name: str) -> Any:
-        """Open the file `name` (relative, with slashes) for reading bytes.
-
-        Raises:
-            FileNotFoundError: it does not exist.
-        """
+        """Open the file `name` (relative, with slashes) for reading bytes."""
         files, root = open_files(self.address)
         return files.open(f"{root}/{name}", "rb")
 

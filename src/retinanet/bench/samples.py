@@ -17,8 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
+from retinanet.model.foreign_weights import our_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import our_name
 from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91

@@ -110,9 +110,7 @@ def _show(report: ExportReport) -> None:
             "unmatched": side.unmatched,
             "matched, beyond the tolerance": side.beyond,
             "score: largest difference": f"{side.score:.5f}",
-            "score: median": f"{side.score_median:.6f}",
             "box: largest difference, pixels": f"{side.box:.3f}",
-            "box: median": f"{side.box_median:.4f}",
         }
 
     prepared, whole = column(report.network_size), column(report.whole)

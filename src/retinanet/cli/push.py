@@ -16,9 +16,7 @@ from retinanet.cli.settings import Json, option
 class CardOptions:
     """The model card."""
 
-    data: Path | None = option(
-        "The run's training data, for counts and example images in the card."
-    )
+    data: Path | None = option("The run's training data, for example images in the card.")
     license: str | None = option(
         "License of the weights by its name on the hub: apache-2.0, mit, ..."
     )

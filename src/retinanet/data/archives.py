@@ -51,11 +51,7 @@ class Member:
         return f"{self.archive}/{self.name}"
 
     def read(self) -> bytes:
-        """Read its bytes.
-
-        Raises:
-            ImageError: they cannot be read.
-        """
+        """Read its bytes."""
         return read_members([self])[0] if self.content is None else self.content
 
 
@@ -82,10 +78,6 @@ def open_files(address: str) -> tuple[Any, str]:
     """Return fsspec's file system of an address or a path, and the path in it.
 
     Listings are not cached: they grow with the data, and other machines write there too.
-
-    Raises:
-        MissingExtraError: huggingface_hub is not installed, for an ``hf://`` address.
-        DataError: an unknown kind of address, or its package is not installed.
     """
     import fsspec
 
@@ -148,12 +140,7 @@ def archive_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def find_member(path: str | os.PathLike[str]) -> Member | None:
-    """Return the member at a path; None if the path leads into no archive.
-
-    Raises:
-        ImageError: the archive has no such member.
-        DataError: the archive cannot be read.
-    """
+    """Return the member at a path; None if the path leads into no archive."""
     if isinstance(path, Member):
         return path
     inside = _split(path)
@@ -195,11 +182,7 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def read_members(members: Sequence[Member]) -> list[bytes]:
-    """Read members of archives of one store, in parallel where it is remote.
-
-    Raises:
-        ImageError: a member cannot be read.
-    """
+    """Read members of archives of one store, in parallel where it is remote."""
     if not members:
         return []
     ends = [member.offset + member.size for member in members]
@@ -236,11 +219,7 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
 
 
 def members_of(archive: str) -> Mapping[str, Member]:
-    """Return the members of an archive by name, in its order; of a repeated name the last.
-
-    Raises:
-        DataError: there is no such archive, it is cut off, or it is no tar.
-    """
+    """Return the members of an archive by name, in its order; of a repeated name the last."""
     stamp = None
     if not is_remote(archive):
         try:

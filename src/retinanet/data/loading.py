@@ -148,12 +148,7 @@ class BatchLoader(DataLoader[Batch]):
         """
 
     def _check_unreadable(self, failures: Sequence[Unreadable]) -> None:
-        """Record unreadable images.
-
-        Raises:
-            ImageError: an image is unreadable, and unreadable images are not skipped.
-            DataError: more than :data:`MAX_UNREADABLE` of the images are unreadable.
-        """
+        """Record unreadable images."""
         for index, message in failures:
             if self._on_unreadable is None:
                 raise ImageError(message)
@@ -237,13 +232,6 @@ def train_loader(
     Returns:
         A batch per step. Ignored annotations have the label IGNORED; boxes are clipped to the
         image, and dropped if nothing is left. Each process pads to the largest of its own images.
-
-    Raises:
-        ValueError: the data set is empty, or a number is out of range.
-        DataError: the order is ``shards`` and an image is in none, or (while iterating) the user's
-            transform fails, or more than :data:`MAX_UNREADABLE` of the images cannot be read.
-        ConfigError: ``transform`` names no function.
-        ImageError: (while iterating) an image cannot be read.
     """
     _check(dataset, batch_size, workers, rank, world_size)
     shards = None

@@ -37,14 +37,7 @@ _NO_SCORE = -1.0  # of an empty candidate; scores are 0 or more
 
 
 class DetectorGraph(nn.Module):
-    """Resizing, network and post-processing as one module.
-
-    Args:
-        detector: on the CPU.
-        to: "onnx", "openvino", "torch" or "aotinductor": the engine, which decides on the
-            implementation of non-maximum suppression and of the network's size.
-        thresholds: override those of the detector.
-    """
+    """Resizing, network and post-processing as one module."""
 
     colour: Tensor
 
@@ -166,9 +159,6 @@ class RawDetectorGraph(DetectorGraph):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Score every anchor.
 
-        Args:
-            images: as in :meth:`DetectorGraph.forward`.
-
         Returns:
             (B, R, 4) float32 boxes in pixels of the images, clipped to them, and (B, R, K) float32
             scores, level by level.
@@ -249,19 +239,11 @@ def suppress_by_torchvision(
     max_boxes: int,
     side: int,
 ) -> Tensor:
-    """Suppress with torchvision, all images and classes in one call.
+    """Suppress with torchvision, all images and classes in one call; returns (B, T) bool.
 
-    Args:
-        boxes: (B, T, 4).
-        scores: (B, T); negative: an empty candidate.
-        labels: (B, T).
-        classes: K; 1 for class-agnostic suppression.
-        threshold: IoU threshold.
-        max_boxes: maximum number of boxes per class; for engines that need one.
-        side: upper bound of the coordinates, pixels.
-
-    Returns:
-        (B, T) bool: the boxes to keep.
+    Of boxes (B, T, 4), scores and labels (B, T); a negative score is an empty candidate. `classes`
+    is 1 for class-agnostic suppression; engines need the maximum number of boxes per class; `side`
+    is an upper bound of the coordinates.
     """
     images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand_as(labels)
     groups = images if classes == 1 else images * classes + labels
@@ -293,13 +275,7 @@ def _(boxes: Tensor, scores: Tensor, labels: Tensor, *_: float) -> Tensor:
 
 
 def export_program(detector: Detector, to: str, form: str) -> torch.export.ExportedProgram:
-    """Export a detector for any batch size, height and width.
-
-    Args:
-        detector: on the CPU.
-        to: as for :class:`DetectorGraph`.
-        form: a key of :data:`OUTPUTS`.
-    """
+    """Export a detector on the CPU, in a form of `OUTPUTS`, for any batch size and image size."""
     graph = (DetectorGraph if form == "detections" else RawDetectorGraph)(detector, to)
     # The example has another size than the network's input, and a coarsest level of more than one
     # cell if any image has: AOTInductor takes a side of 1 as constant.

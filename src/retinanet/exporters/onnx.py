@@ -22,13 +22,7 @@ _BOOL = 9  # onnx.TensorProto.DataType
 
 
 def write_onnx(program: torch.export.ExportedProgram, file: Path, text: str) -> None:
-    """Write an ONNX file.
-
-    Args:
-        program: with ``retinanet::suppress`` for non-maximum suppression.
-        file: the file.
-        text: metadata for :func:`retinanet.inference.exported.read_exported`.
-    """
+    """Write a program with ``retinanet::suppress`` as an ONNX file, `text` as its metadata."""
     import onnx
 
     values = json.loads(text)

@@ -16,16 +16,9 @@ from retinanet.inference.openvino_backend import NARROW, calibration_images, qua
 def write_openvino(
     file: Path, text: str, precision: str, calibration: Iterable[Tensor] | None
 ) -> None:
-    """Convert the ONNX file beside `file`, and delete it.
+    """Convert the ONNX file beside `file` to an ``.xml`` and a ``.bin``, and delete it.
 
-    Args:
-        file: the ``.xml``; the weights go to the ``.bin`` beside it.
-        text: metadata for :func:`retinanet.inference.exported.read_exported`.
-        precision: "float32", "fp16" or "int8".
-        calibration: for int8: (1, 3, H, W) uint8 images of the network's size.
-
-    Raises:
-        ConfigError: int8 without images.
+    `calibration` are (1, 3, H, W) uint8 images of the network's size, for int8.
     """
     import openvino
 

@@ -106,7 +106,6 @@ def export(
     """
     _check_options(to, precision, calibrate, images)
     allowed = TOLERANCES[precision].override(tolerance)
-    _check_packages(to, precision)
     settings: dict[str, Any] = {**options}
     form = settings.pop("form", DETECTIONS)
     check_choice("form", form, (DETECTIONS, SCORES))
@@ -117,8 +116,9 @@ def export(
     _check_detector(detector, to, form)
     run = None if isinstance(model, Checkpoint) else Path(model)
     file = _output_file(run, to, out)
-    text = _metadata(checkpoint, detector, to, precision, form)
-    with _draft(file) as draft:
+    report_file = file.with_name(file.name + ".report.json")
+    text = _metadata(checkpoint, detector, target=to, form=form, precision=precision)
+    with _draft(file, report_file) as draft:
         progress("tracing the network")
         program = export_program(detector, to, form)
         progress("compiling, which takes minutes" if to == "aotinductor" else "writing the file")
@@ -139,16 +139,12 @@ def export(
     report = validate_file(
         file, detector, data=data, split=split, images=images, tolerance=allowed, run=run
     )
-    write_atomic(report_file(file), json.dumps(report.to_dict(), indent=1) + "\n")
+    write_atomic(report_file, json.dumps(report.to_dict(), indent=1) + "\n")
     return report
 
 
 def select_checkpoint_classes(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
-    """Return a checkpoint whose class head has the rows of some classes only.
-
-    Raises:
-        ConfigError: a class is unknown.
-    """
+    """Return a checkpoint whose class head has the rows of some classes only."""
     labels = labels_of(names, checkpoint.classes, "the model")
     classes = tuple(checkpoint.classes[label] for label in labels)
     model = RetinaNet(len(classes), checkpoint.model.spec)
@@ -169,12 +165,8 @@ def select_checkpoint_classes(checkpoint: Checkpoint, names: Sequence[str]) -> C
     )
 
 
-def report_file(file: Path) -> Path:
-    """Path of the report of an exported file."""
-    return file.with_name(file.name + ".report.json")
-
-
 def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None:
+    """Check options and packages, before minutes of work."""
     check_choice("--to", to, tuple(SUFFIXES))
     check_choice("precision", precision, PRECISIONS)
     if precision != "float32" and to != "openvino":
@@ -188,6 +180,11 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
         raise ConfigError("calibration images are for int8: give --int8, or no --calibrate")
     if images < 1:
         raise ConfigError(f"images must be 1 or more, got {images}")
+    for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
+        try:
+            import_module(package)
+        except ImportError:
+            raise MissingExtraError(package, extra) from None
 
 
 def _check_detector(detector: Detector, to: str, form: str) -> None:
@@ -210,15 +207,6 @@ def _check_detector(detector: Detector, to: str, form: str) -> None:
         )
 
 
-def _check_packages(to: str, precision: str) -> None:
-    """Check for the packages that write and run the file, before minutes of work."""
-    for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
-        try:
-            import_module(package)
-        except ImportError:
-            raise MissingExtraError(package, extra) from None
-
-
 def _output_file(run: Path | None, to: str, out: str | Path | None) -> Path:
     suffix = SUFFIXES[to]
     if out is None:
@@ -229,33 +217,25 @@ def _output_file(run: Path | None, to: str, out: str | Path | None) -> Path:
     return file
 
 
-def _metadata(
-    checkpoint: Checkpoint, detector: Detector, to: str, precision: str, form: str
-) -> str:
+def _metadata(checkpoint: Checkpoint, detector: Detector, **values: str) -> str:
     """Return the text of a checkpoint with the settings that are built into the file."""
-    values = checkpoint_text(checkpoint)
-    sizes = {"image_size": detector.image_size, "max_size": detector.max_size}
-    values |= {
-        "preprocessing": {**values["preprocessing"], **sizes},
-        "info": {
-            **values["info"],
-            "detect": {
-                **detector.eval_thresholds,
-                "score_thresholds": detector.thresholds["score_thresholds"],
-            },
-        },
+    by_class = {"score_thresholds": detector.thresholds["score_thresholds"]}
+    info = {**checkpoint.info, "detect": {**detector.eval_thresholds, **by_class}}
+    built_in = replace(
+        checkpoint, info=info, image_size=detector.image_size, max_size=detector.max_size
+    )
+    text = {
+        **checkpoint_text(built_in),
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "made_by": f"retinanet {__version__}",
-        "target": to,
-        "form": form,
-        "precision": precision,
+        **values,
     }
-    return json.dumps(values, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False)
 
 
 @contextmanager
-def _draft(file: Path) -> Iterator[Path]:
+def _draft(file: Path, report_file: Path) -> Iterator[Path]:
     """Yield a path in a temporary folder; files written there are renamed to `file` at the end."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +247,7 @@ def _draft(file: Path) -> Iterator[Path]:
                 with path.open("r+b") as opened:
                     os.fsync(opened.fileno())
             # Two files cannot be renamed at once: without the .xml, the .bin is not used.
-            for old in (file, report_file(file)):
+            for old in (file, report_file):
                 old.unlink(missing_ok=True)
             for path in reversed(written):
                 path.replace(file.with_name(path.name))

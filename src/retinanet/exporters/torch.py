@@ -19,14 +19,7 @@ def write_torch(
 ) -> None:
     """Write a program for ``torch.export.load``, with the text in ``extra/retinanet``.
 
-    Args:
-        program: the detector.
-        file: the package.
-        text: metadata for :func:`retinanet.inference.exported.read_exported`.
-        compiled: compile to machine code for this CPU, for ``aoti_load_package``.
-
-    Raises:
-        ConfigError: no working C++ compiler.
+    `compiled`: as machine code for this CPU, for ``aoti_load_package``; needs a C++ compiler.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from torch

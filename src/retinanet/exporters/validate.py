@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -48,11 +47,7 @@ class Tolerance:
     ap: float
 
     def override(self, settings: Iterable[str]) -> Tolerance:
-        """Return a copy with ``name=value`` settings applied.
-
-        Raises:
-            ConfigError: an unknown name, or a value that is not a number of 0 or more.
-        """
+        """Return a copy with ``name=value`` settings applied; raises ConfigError."""
         values = asdict(self)
         for setting in settings:
             name, _, value = setting.partition("=")
@@ -102,7 +97,7 @@ class Agreement:
         unmatched: other unmatched boxes.
         beyond: matched pairs that differ by more than the tolerance.
         score, box: largest difference of matched scores and corners (pixels).
-        score_median, box_median: median differences.
+        apart: share of the objects that differ by more than the tolerance or have no match.
     """
 
     images: int
@@ -114,17 +109,7 @@ class Agreement:
     beyond: int
     score: float
     box: float
-    score_median: float
-    box_median: float
-
-    @property
-    def apart(self) -> float:
-        """Share of the objects that differ by more than the tolerance or have no match."""
-        return (self.beyond + self.unmatched) / max(1, self.matched + self.unmatched)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        return {**asdict(self), "apart": self.apart}
+    apart: float
 
 
 @dataclass(frozen=True)
@@ -132,8 +117,7 @@ class ExportReport:
     """An exported file and its comparison with the network.
 
     Attributes:
-        file: the file; OpenVINO's weights are beside it in a ``.bin``.
-        target, precision, form: as in :class:`retinanet.inference.exported.ExportedFile`.
+        file, target, precision, form: as in :class:`retinanet.inference.exported.ExportedFile`.
         bytes: size of the file, weights included.
         images: description of the images compared.
         tolerance: for images of the network's size.
@@ -163,14 +147,8 @@ class ExportReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
-        return {
-            **asdict(self),
-            "retinanet": __version__,
-            "file": self.file.name,
-            "network_size": self.network_size.to_dict(),
-            "whole": self.whole.to_dict(),
-            "passed": self.passed,
-        }
+        extra = {"retinanet": __version__, "file": self.file.name, "passed": self.passed}
+        return {**asdict(self), **extra}
 
 
 def validate_file(
@@ -276,15 +254,10 @@ def _compare_detectors(
 def compare(
     pairs: Iterable[tuple[Detections, Detections]], tolerance: Tolerance, thresholds: Thresholds
 ) -> Agreement:
-    """Compare the detections of the network and of the file.
-
-    Args:
-        pairs: detections of the network and of the file, per image.
-        tolerance: allowed differences.
-        thresholds: all thresholds in use.
-    """
-    counts: Counter[str] = Counter()
-    scores, corners = ([torch.zeros(0)] for _ in range(2))
+    """Compare the detections of the network and of the file, a pair per image."""
+    names = ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond")
+    counts = dict.fromkeys(names, 0)
+    scores, corners = ([torch.zeros(1)] for _ in range(2))
     for expected, detected in pairs:
         left, right = match(expected, detected)
         score = (expected.scores[left] - detected.scores[right]).abs()
@@ -300,16 +273,12 @@ def compare(
             for row in sorted(set(range(len(own))) - set(matched.tolist())):
                 rounding = _at_a_threshold(own, other, row, tolerance, thresholds)
                 counts["at_a_threshold" if rounding else "unmatched"] += 1
-    names = ("images", "boxes", "found", "matched", "at_a_threshold", "unmatched", "beyond")
-    score, corner = torch.cat(scores), torch.cat(corners)
-    if not len(score):
-        score = corner = torch.zeros(1)
+    different = counts["beyond"] + counts["unmatched"]
     return Agreement(
-        **{name: counts[name] for name in names},
-        score=float(score.max()),
-        box=float(corner.max()),
-        score_median=float(score.median()),
-        box_median=float(corner.median()),
+        **counts,
+        score=float(torch.cat(scores).max()),
+        box=float(torch.cat(corners).max()),
+        apart=different / max(1, counts["matched"] + counts["unmatched"]),
     )
 
 

@@ -8,7 +8,6 @@ from importlib.resources import files
 from typing import Any, TypeGuard
 
 from retinanet import __version__
-from retinanet.data import Dataset
 from retinanet.hub.facts import RunFacts
 
 FEW_IMAGES = 1000
@@ -20,16 +19,14 @@ FEW_OBJECTS = 100
 WEAK_AP = 0.2
 """AP below which the card calls the model weak."""
 
-_MAX_CLASSES = 100
-_SUMMARY = (
-    ("ap", "AP", "mean over IoU .50 to .95 and classes"),
-    ("ap50", "AP50", "at IoU .50"),
-    ("ap75", "AP75", "at IoU .75"),
-    ("ap_small", "APs", "objects under 32² square pixels"),
-    ("ap_medium", "APm", "from 32² to 96²"),
-    ("ap_large", "APl", "over 96²"),
-    ("ar100", "AR100", "recall with 100 detections per class and image"),
-)
+_SUMMARY = {
+    "ap": "mean AP over IoU .50 to .95 and classes",
+    "ap50": "AP at IoU .50",
+    "ap75": "AP at IoU .75",
+    "ap_small": "AP of objects under 32² square pixels",
+    "ap_medium": "AP of objects from 32² to 96²",
+    "ap_large": "AP of objects over 96²",
+}
 _METRIC_TYPES = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|!])")
 
@@ -40,54 +37,36 @@ def write_card(
     *,
     license: str | None,
     dataset: str | None,
-    splits: Mapping[str, Dataset],
     examples: Sequence[tuple[str, int]],
     drawn_score: float,
     megabytes: float,
 ) -> str:
-    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub.
-
-    Args:
-        facts: the model and its run, without paths.
-        repository: ``OWNER/NAME``.
-        license, dataset: as in :func:`retinanet.hub.prepare`.
-        splits: the data, for the numbers of objects; may be empty.
-        examples: image files beside the card, and the numbers of detections drawn on them.
-        drawn_score: score threshold of these detections.
-        megabytes: size of the weights.
-    """
+    """Return the text of README.md: the hub's YAML, then Markdown. Needs huggingface_hub."""
     from huggingface_hub import ModelCard
 
     checkpoint, metrics, run = facts.checkpoint, facts.metrics, facts.run
     name = repository.rpartition("/")[2]
-    versions = run.get("versions")
-    version = versions.get("retinanet") if isinstance(versions, Mapping) else None
+    version = (run.get("versions") or {}).get("retinanet", __version__)
     card = ModelCard.from_template(
         _card_data(facts, name, license, dataset),
         template_str=(files("retinanet.hub") / "model_card.md").read_text("utf-8"),
         name=name,
         address=f"hf://{repository}",
-        version=f"made with {_plain(version or __version__)}",
+        version=version,
         dataset=dataset or _data_name(run),
-        counts={split: _count_objects(data) for split, data in splits.items()}
-        or {split: (number, {}) for split, number in (run.get("images") or {}).items()},
-        with_data=bool(splits),
         examples=examples,
         drawn_score=drawn_score,
         megabytes=megabytes,
         checkpoint=checkpoint,
-        classes=checkpoint.classes,
         backbone=str(checkpoint.model.spec.backbone),
         parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
         metrics=metrics,
         per_class=[row for row in metrics.get("per_class", []) if row.get("objects")],
         summary=_SUMMARY,
-        max_classes=_MAX_CLASSES,
         run=run,
         recipe=facts.recipe,
         step=checkpoint.info.get("step"),
-        machine=_machine(run),
-        limits=[*_limits(facts, splits)],
+        limits=[*_limits(facts)],
         plain=_plain,
         figure=lambda value: f"{value:.3f}" if _is_number(value) else "-",
         is_number=_is_number,
@@ -126,22 +105,10 @@ def _card_data(facts: RunFacts, name: str, license: str | None, dataset: str | N
     )
 
 
-def _count_objects(dataset: Dataset) -> tuple[int, dict[str, int]]:
-    """Return the numbers of images, and of objects by class, ignored ones excluded."""
-    objects = dict.fromkeys(dataset.classes, 0)
-    for image in dataset.images:
-        for annotation in image.annotations:
-            objects[dataset.classes[annotation.label]] += not annotation.ignored
-    return len(dataset), objects
-
-
-def _limits(facts: RunFacts, splits: Mapping[str, Dataset]) -> Iterator[str]:
-    """Warnings that follow from the numbers of the run."""
+def _limits(facts: RunFacts) -> Iterator[str]:
+    """Yield warnings that follow from the numbers of the run."""
     metrics, run = facts.metrics, facts.run
-    images = run.get("images")
-    count = images.get("train") if isinstance(images, Mapping) else None
-    if "train" in splits:
-        count = len(splits["train"])
+    count = (run.get("images") or {}).get("train")
     if isinstance(count, int) and count < FEW_IMAGES:
         yield (
             f"It was trained on only {count} images: expect failures on images from other cameras, "
@@ -172,26 +139,12 @@ def _limits(facts: RunFacts, splits: Mapping[str, Dataset]) -> Iterator[str]:
     if uncertain:
         more = f" and {len(uncertain) - 10} more" if len(uncertain) > 10 else ""
         yield f"Classes with too few objects for a reliable AP: {', '.join(uncertain[:10])}{more}."
-    if _is_number(small := metrics.get("ap_small")) and small < ap / 2:
-        yield f"It is weak on small objects: APs is {small:.3f}."
-    error = (metrics.get("calibration") or {}).get("expected_error")
-    if _is_number(error):
-        yield f"Scores differ from the precision by {error:.2f} on average."
 
 
 def _data_name(run: Mapping[str, Any]) -> str:
-    """Last part of the data's path, on any system."""
+    """Return the last part of the data's path, on any system."""
     path = str(run.get("data") or "").replace("\\", "/").rstrip("/")
     return path.rpartition("/")[2] or "the author's images"
-
-
-def _machine(run: Mapping[str, Any]) -> str:
-    """Return the processor, without the name of the machine."""
-    device, threads = str(run.get("device") or "an unknown device"), run.get("threads")
-    if not device.startswith("cpu"):
-        return _plain(run.get("device_name") or device)
-    suffix = f" with {threads} threads" if isinstance(threads, int) else ""
-    return _plain(run.get("device_name") or "a CPU") + suffix
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -47,11 +47,7 @@ class RunFacts:
 
 
 def read_run(run: str | Path) -> RunFacts:
-    """Read a run folder, or a checkpoint folder in one or alone.
-
-    Raises:
-        WeightsError: it has no checkpoint, or its records are damaged.
-    """
+    """Read a run folder, or a checkpoint folder in one or alone."""
     if not Path(run).exists():
         raise WeightsError(f"no such run: {run}; give a run or checkpoint folder of this disk")
     folder = find_checkpoint(Path(run))

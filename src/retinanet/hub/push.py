@@ -30,8 +30,8 @@ class CardOptions(TypedDict, total=False):
     """Options of the model card.
 
     Attributes:
-        data: the data that the run was trained on, for counts and example images of ``val``, which
-            are then public with the card. None: neither.
+        data: the data that the run was trained on, for example images of ``val``, which are then
+            public with the card.
         license: of the weights, by its name on the hub.
         dataset: id of the data on the hub.
         device: for detection in the examples.
@@ -161,7 +161,6 @@ def prepare(
         repository,
         license=card.get("license"),
         dataset=card.get("dataset"),
-        splits=splits,
         examples=examples,
         drawn_score=drawn_score,
         megabytes=(target / WEIGHTS_FILE).stat().st_size / 1e6,

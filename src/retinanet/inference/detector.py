@@ -397,25 +397,21 @@ class Detector:
             yield pad_batch([image], fill=self._fill)[0]
 
     def _read(self, piece: Piece, *, keep_pixels: bool) -> _Read:
-        """Read a piece."""
-        return piece, self._prepare_piece(piece, keep_pixels=keep_pixels)
-
-    def _prepare_piece(self, piece: Piece, *, keep_pixels: bool) -> Prepared | None:
         """Read and resize a piece; a failure is recorded in its image."""
         image = piece.image
         if image.failure is not None or image.source is None:
-            return None
+            return piece, None
         try:
             windows = image.windows
             if windows is None:
-                return self.prepare(image.source, keep_pixels=keep_pixels)
-            if piece.window is None:
-                sides = network_size(*windows.size, self.image_size, self.max_size)
-                return Prepared(windows.reduced(*sides), windows.size)
-            return self.prepare(windows.read(piece.window))
+                return piece, self.prepare(image.source, keep_pixels=keep_pixels)
+            if piece.window is not None:
+                return piece, self.prepare(windows.read(piece.window))
+            sides = network_size(*windows.size, self.image_size, self.max_size)
+            return piece, Prepared(windows.reduced(*sides), windows.size)
         except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
             image.failure = image.source.failure(error)
-            return None
+            return piece, None
 
     def _detect_batch(self, thresholds: Thresholds, batch: _Batch) -> _Detected:
         """Detect in the pieces that could be read."""
@@ -485,11 +481,7 @@ def load(
 
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
-    """Open what :class:`Detector` is built from, by a name as :func:`load` takes it.
-
-    Raises:
-        WeightsError: as :func:`load`.
-    """
+    """Open what :class:`Detector` is built from, by a name as :func:`load` takes it."""
     if is_exported(path_or_name) and not Path(path_or_name).is_dir():
         return read_exported(path_or_name)
     return load_checkpoint(path_or_name)

@@ -90,12 +90,7 @@ def is_exported(path: Any) -> bool:
 
 
 def read_exported(path: str | Path) -> ExportedFile:
-    """Read the metadata of an exported file, without loading the network.
-
-    Raises:
-        WeightsError: the file is missing, damaged, not of retinanet export, or of a later version.
-        MissingExtraError: the library that reads it is not installed.
-    """
+    """Read the metadata of an exported file, without loading the network."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"there is no file {path}: give an exported {', '.join(SUFFIXES)}")
@@ -139,9 +134,6 @@ def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torc
     """Choose the device as :func:`retinanet.model.precision.choose_device`, for an exported file.
 
     ``auto`` is CUDA for ONNX where torch and ONNX Runtime both have it, else the CPU.
-
-    Raises:
-        ConfigError: as there, or the file does not run on that device.
     """
     device = choose_device(name)
     if device.type == "cpu":
@@ -160,11 +152,7 @@ def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torc
 
 
 def check_built_in(file: ExportedFile, calibrate: Any, **options: int | str) -> None:
-    """Check that ``precision``, ``backend`` and sizes are those that were built in, or auto.
-
-    Raises:
-        ConfigError: they are not, or there are images to calibrate on.
-    """
+    """Check that ``precision``, ``backend`` and sizes are those that were built in, or auto."""
     for key, wanted in options.items():
         built = file.target if key == "backend" else getattr(file, key)
         if wanted not in ("auto", built):
@@ -196,10 +184,6 @@ class ExportedNetwork:
         Args:
             file: of :func:`read_exported`.
             device: of :func:`choose_exported_device`.
-
-        Raises:
-            WeightsError: the file is missing or damaged.
-            MissingExtraError: the library that runs it is not installed.
         """
         self.file = file
         self.device = device
@@ -220,22 +204,14 @@ class ExportedNetwork:
         return ExportedNetwork, (self.file, self.device)
 
     def __call__(self, images: Tensor) -> NoReturn:
-        """Raise: an exported file gives boxes, not the network's outputs.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Raise: an exported file gives boxes, not the network's outputs."""
         raise ConfigError(
             f"{self.file.path.name} gives boxes, not the network's own outputs: "
             "give the run that it was exported from"
         )
 
     def check(self, thresholds: Thresholds) -> None:
-        """Check that the file supports `thresholds`.
-
-        Raises:
-            ConfigError: another value is built in.
-        """
+        """Check that the file supports `thresholds`."""
         if thresholds.get("flip_tta"):
             raise ConfigError(
                 f"{self.file.path.name} runs once per image, got flip_tta: leave it out, or give "
@@ -267,9 +243,6 @@ class ExportedNetwork:
         Args:
             images: (3, H, W) uint8 RGB; those of the same size run as one batch.
             thresholds: override the built-in ones.
-
-        Raises:
-            ConfigError: as :meth:`check`.
         """
         used = merge_thresholds(self.file.thresholds, thresholds)
         self.check(used)

@@ -29,9 +29,6 @@ class OutputFolder:
         Args:
             path: created if missing.
             kind: "images" or "video".
-
-        Raises:
-            DataError: the folder has a manifest of another program.
         """
         self.path = Path(path)
         self._kind = kind
@@ -39,11 +36,7 @@ class OutputFolder:
         self._stale = {name for name, listed in self._files.items() if listed == kind}
 
     def claim(self, file: Path) -> Path:
-        """Record that `file`, below the folder, is an output, and return it.
-
-        Raises:
-            DataError: it exists, and detection did not write it.
-        """
+        """Record that `file`, below the folder, is an output, and return it."""
         name = file.relative_to(self.path).as_posix()
         self._stale.discard(name)
         if name not in self._files:
@@ -62,11 +55,7 @@ class OutputFolder:
         return file
 
     def delete_stale(self) -> None:
-        """Delete the files of this kind that earlier detections wrote and this one did not.
-
-        Raises:
-            DataError: a file cannot be deleted.
-        """
+        """Delete the files of this kind that earlier detections wrote and this one did not."""
         if not self._stale:
             return
         for name in self._stale:
@@ -92,11 +81,7 @@ def _line(name: str, kind: str) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Return the kind of each file that detection wrote into `folder`, by its relative path.
-
-    Raises:
-        DataError: the folder's .retinanet-outputs is not of retinanet detect.
-    """
+    """Return the kind of each file that detection wrote into `folder`, by its relative path."""
     file = folder / MANIFEST
     if not file.is_file():
         return {}
@@ -135,11 +120,7 @@ class OutputFilter:
         return [file for file in files if not self.is_output(file)]
 
     def check(self, file: str | Path) -> None:
-        """Check that a file that was named explicitly is no output.
-
-        Raises:
-            DataError: it is one.
-        """
+        """Check that a file that was named explicitly is no output."""
         if self.is_output(file):
             raise DataError(
                 f"{file}: is an output of an earlier detection; copy it out of that folder to "

@@ -75,33 +75,17 @@ def _import_network(blob: bytes, levels: int, hint: str) -> OpenVINONetwork:
     return OpenVINONetwork(compiled, levels, hint)
 
 
-def _compile(model: Any, levels: int, hint: str) -> OpenVINONetwork:
-    return OpenVINONetwork(compile_on_cpu(model, hint), levels, hint)
-
-
-def import_openvino() -> Any:
-    """Import OpenVINO.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
-    return openvino
-
-
 def openvino_core() -> Any:
     """Return the ``openvino.Core`` of this process, which is never deleted.
 
     OpenVINO 2026.4 sets a signal stack for the thread that first uses a core, and frees it with
     the core: the next signal, such as that of Ctrl-C or of a data loader, crashes the process.
-
-    Raises:
-        MissingExtraError: it is not installed.
     """
-    return _core(import_openvino())
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("openvino", "openvino") from None
+    return _core(openvino)
 
 
 @cache
@@ -132,17 +116,15 @@ def openvino_network(
         precision: "float32", "bf16", "fp16" or "int8"; the layers that int8 leaves out are bf16 on
             a processor with bf16 units.
         calibration: as for :func:`retinanet.inference.backends.build_network`.
-
-    Raises:
-        ConfigError: int8 without images.
-        MissingExtraError: OpenVINO, or NNCF for int8, is not installed.
     """
-    import_openvino()
+    openvino_core()  # installed?
     images = calibration_images(calibration) if precision == "int8" else []  # before the conversion
     levels = len(model.strides)
     converted = convert(model)
     if precision != "int8":
-        return _compile(converted, levels, _HINTS[precision])
+        return OpenVINONetwork(
+            compile_on_cpu(converted, _HINTS[precision]), levels, _HINTS[precision]
+        )
     exact = {
         _convolution_before(output)
         for output in converted.outputs
@@ -150,8 +132,9 @@ def openvino_network(
     }
     quantized = quantize(converted, images, exact, overflow_fix=not has_vnni())
     has_bf16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    network = _compile(quantized, levels, "bf16" if has_bf16 else "f32")
-    reference = _compile(converted, levels, "f32")
+    hint = "bf16" if has_bf16 else "f32"
+    network = OpenVINONetwork(compile_on_cpu(quantized, hint), levels, hint)
+    reference = OpenVINONetwork(compile_on_cpu(converted, "f32"), levels, "f32")
     network.deviation = max(_deviations(network, reference, images[:_COMPARED_IMAGES]))
     if network.deviation > MAX_INT8_DEVIATION:
         warnings.warn(
@@ -183,7 +166,8 @@ def convert(model: RetinaNet) -> Any:
     Any batch size, and any height and width that are multiples of 32. The outputs are (B, H, W, C):
     OpenVINO computes them so, and post-processing reads them so.
     """
-    openvino = import_openvino()
+    import openvino
+
     example = torch.zeros(2, 3, 128, 160, dtype=torch.uint8)
     batch, rows, columns = (torch.export.Dim(name, max=4096) for name in ("b", "h", "w"))
     shapes = {"images": {0: batch, 2: 32 * rows, 3: 32 * columns}}
@@ -205,11 +189,7 @@ def has_vnni() -> bool:
 
 
 def calibration_images(calibration: Iterable[Tensor] | None) -> list[Tensor]:
-    """Take up to :data:`CALIBRATION_IMAGES` images.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Take up to :data:`CALIBRATION_IMAGES` images."""
     images = list(islice(calibration or (), CALIBRATION_IMAGES))
     if not images:
         raise ConfigError(
@@ -231,9 +211,6 @@ def quantize(
         overflow_fix: keep weights to 7 bits. Without VNNI, x86 CPUs add pairs of 8-bit products in
             16 bits, which saturate: set it for a model that may run on one. It costs half a step of
             rounding in the weights. Source: NNCF, ``OverflowFix``.
-
-    Raises:
-        MissingExtraError: NNCF is not installed.
     """
     try:
         import nncf

@@ -186,9 +186,6 @@ def list_folder(folder: str | Path) -> list[Path]:
     """List the files below a folder, sorted, without hidden ones and what links to folders lead to.
 
     Training runs below it are left out: their images are plots.
-
-    Raises:
-        DataError: a folder cannot be listed: its images would be lost silently.
     """
 
     def fail(error: OSError) -> None:
@@ -198,11 +195,7 @@ def list_folder(folder: str | Path) -> list[Path]:
 
 
 def match_glob(pattern: str | Path) -> tuple[Path, list[Path]]:
-    """Return the folder before the first wildcard, and the matching files, without hidden ones.
-
-    Raises:
-        DataError: the pattern is invalid.
-    """
+    """Return the folder before the first wildcard, and the matching files, without hidden ones."""
     from fsspec.utils import glob_translate  # as for addresses; unlike glob, without links' loops
 
     parts = Path(pattern).parts

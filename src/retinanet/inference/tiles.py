@@ -81,11 +81,7 @@ class Piece:
 
 
 def check_tiling(tile: int | str | None, overlap: float | None) -> None:
-    """Check the options of tiling.
-
-    Raises:
-        ConfigError: `tile` is no side of a tile, or `overlap` is out of range.
-    """
+    """Check the options of tiling."""
     is_side = isinstance(tile, int) and not isinstance(tile, bool) and tile >= MIN_TILE
     if not (tile in (None, "auto", "none") or is_side):
         raise ConfigError(f"tile {tile!r} is neither auto, none nor {MIN_TILE} pixels or more")
@@ -106,9 +102,6 @@ def choose_tiling(
         overlap: fraction of the side in [0, 1); None: as in training, or :data:`OVERLAP`.
         image_size: the shorter side of the network's input.
         info: the checkpoint's.
-
-    Raises:
-        ConfigError: a value is out of range, also in `info`.
     """
     trained = info.get("tile")
     if not isinstance(trained, Mapping | None) or (trained and {"side", "overlap"} - {*trained}):
@@ -139,9 +132,6 @@ def tile_side(tile: int | str, image_size: int, info: Mapping[str, Any]) -> int:
     ``auto`` is the side of the images that the model was trained on (the median of the shorter
     sides, ``image_side`` in the checkpoint's `info`), so that tiles are magnified as these were.
     Without that entry it is the shorter side of the network's input: nothing is magnified.
-
-    Raises:
-        ConfigError: the checkpoint's entry is no number of pixels.
     """
     if tile != "auto":
         return int(tile)

@@ -25,7 +25,7 @@ SOURCES = ("native.c", "kernels.h")
 LEVELS = ("baseline", "avx2", "avx512")
 
 _PIECE = 1024  # elements per partial sum, as in native.c
-_ELEMENTS_PER_THREAD = 2**15  # fewer do not pay for another thread
+ELEMENTS_PER_THREAD = 2**15  # fewer do not pay for another thread
 _CURVES = {("focal", 0.0): 0, ("focal", 1.0): 1, ("focal", 2.0): 2}
 _ANY_FOCAL, _STAR = 3, 4
 
@@ -187,7 +187,7 @@ def suppress(
 
 
 def _threads(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
+    return max(1, min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD))
 
 
 def _functions() -> CDLL:

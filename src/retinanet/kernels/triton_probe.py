@@ -34,11 +34,7 @@ def is_installed() -> bool:
 
 
 def run_probe(device: torch.device) -> None:
-    """Compile and launch the smallest kernel, without waiting for its end.
-
-    Raises:
-        Exception: whatever Triton, the compiler or the driver raises.
-    """
+    """Compile and launch the smallest kernel, without waiting for its end."""
     from retinanet.kernels.triton_focal import set_to_one
 
     value = torch.zeros(1, dtype=torch.float32, device=device)

@@ -341,10 +341,6 @@ def weighted_sum(
 
     Returns:
         () float32, or float64 for float64 logits.
-
-    Raises:
-        ValueError: as :func:`focal_loss`.
-        RuntimeError: in the backward pass, if overwritten logits are needed again.
     """
     _check_labels(labels, logits.shape[1])
     positive, negative = _alpha_pair(alpha, logits)

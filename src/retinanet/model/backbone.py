@@ -470,10 +470,6 @@ def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
             cached; another of torchvision's entries by name (IMAGENET1K_V2, or with its class,
             ResNet50_Weights.IMAGENET1K_V2); "none"; or a .safetensors or torch .pth file in
             torchvision's layout, with or without the classifier. Opening a file runs no code.
-
-    Raises:
-        ConfigError: torchvision has no such entry for the backbone.
-        WeightsError: they cannot be downloaded, or the file cannot be read.
     """
     if str(weights) == "none":
         return None
@@ -512,11 +508,7 @@ def _find_entry(name: str, entry: str) -> Any:
 
 
 def fetch_state(entry: Any, otherwise: str) -> dict[str, Tensor]:
-    """Return the tensors of a torchvision weights entry, from torch's cache or the internet.
-
-    Raises:
-        WeightsError: no internet, or a damaged download; `otherwise` ends the message.
-    """
+    """Return the tensors of a torchvision weights entry, from torch's cache or the internet."""
     try:
         state: dict[str, Tensor] = entry.get_state_dict(
             progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
@@ -527,28 +519,35 @@ def fetch_state(entry: Any, otherwise: str) -> dict[str, Tensor]:
 
 
 def load_backbone(backbone: Backbone, weights: BackboneWeights) -> None:
-    """Load weights into a backbone: every tensor of it, exactly.
-
-    Raises:
-        WeightsError: tensors are missing, unknown, or of another shape; they are listed.
-    """
+    """Load weights into a backbone: every tensor of it, exactly."""
     inner = backbone.net if isinstance(backbone, Timm) else backbone
     wanted = inner.state_dict()
-    state = {
-        key: value
-        for key, value in weights.state.items()
-        if not key.startswith(("fc.", "classifier.", "head.")) or key in wanted
-    }
-    check_state(wanted, state, f"backbone weights {weights.source}")
+    state = _without_classifier(weights.state, wanted)
+    if misfits := _misfits(wanted, state):
+        with torch.device("meta"):
+            others = {name: build_backbone(name, norm="trained").state_dict() for name in BACKBONES}
+        for name, other in others.items():
+            if not _misfits(other, _without_classifier(weights.state, other)):
+                misfits = f"they are those of {name}: set model.backbone={name}"
+        raise WeightsError(f"backbone weights {weights.source} do not fit the network: {misfits}")
     inner.load_state_dict(state, strict=False)
 
 
-def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Compare names and shapes of a state dict with those that a network needs.
+def _without_classifier(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    names = ("fc.", "classifier.", "head.")
+    return {key: state[key] for key in state if key in wanted or not key.startswith(names)}
 
-    Raises:
-        WeightsError: lists the tensors that are missing, unknown, or of another shape.
-    """
+
+def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Compare names and shapes of a state dict with those that a network needs."""
+    if misfits := _misfits(wanted, state):
+        raise WeightsError(f"{what} do not fit the network: {misfits}")
+
+
+def _misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Describe the tensors that are missing, unknown, or of another shape; empty: none."""
     # Batch norm's count of batches is not used; old files lack it.
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in wanted and not k.endswith("num_batches_tracked")]
@@ -558,13 +557,11 @@ def check_state(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
         if k in state and state[k].shape != wanted[k].shape
     ]
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-    misfits = [
+    return "; ".join(
         f"{len(names)} {word} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for word, names in kinds
         if names
-    ]
-    if misfits:
-        raise WeightsError(f"{what} do not fit the network: {'; '.join(misfits)}")
+    )
 
 
 def _shape(tensor: Tensor) -> str:

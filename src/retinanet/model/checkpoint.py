@@ -23,10 +23,15 @@ from retinanet.config import ModelSpec, explain, is_own, repeated_names
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
-from retinanet.model.foreign_weights import SUFFIXES, load_foreign
+from retinanet.model.foreign_weights import (
+    SUFFIXES,
+    Loaded,
+    fetch_torchvision,
+    load_foreign,
+    published_name,
+)
 from retinanet.model.hub import fetch_hub, hub_source, is_hub_name
 from retinanet.model.retinanet import RetinaNet, to_channels_last
-from retinanet.model.torchvision_weights import Loaded, fetch_torchvision, published_name
 
 WEIGHTS_FILE = "model.safetensors"
 TEXT_FILE = "model.json"
@@ -103,11 +108,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def update_info(folder: Path, info: Mapping[str, Any]) -> None:
-    """Replace ``info`` in the model.json of a checkpoint, atomically.
-
-    Raises:
-        WeightsError: it cannot be written.
-    """
+    """Replace ``info`` in the model.json of a checkpoint, atomically."""
     values = json.loads((folder / TEXT_FILE).read_text("utf-8"))
     try:
         _write_text(folder, {**values, "info": dict(info)})
@@ -278,17 +279,7 @@ class _Text(BaseModel):
 
 
 def parse_text(values: object, file: Path, kind: str, max_version: int) -> CheckpointText:
-    """Validate the text of a checkpoint or an exported file.
-
-    Args:
-        values: parsed JSON.
-        file: for messages.
-        kind: required value of ``format``.
-        max_version: highest ``version`` that is supported.
-
-    Raises:
-        WeightsError: the text is of another kind or version, or a value is invalid.
-    """
+    """Validate the text of a checkpoint or an exported file."""
     if not isinstance(values, dict) or values.get("format") != kind:
         raise WeightsError(f'{file} is not a {kind}: it lacks "format": "{kind}"')
     version = values.get("version")

@@ -1,8 +1,9 @@
-"""RetinaNets trained with torchvision, detectron2 or mmdetection, from files of their own.
+"""RetinaNets of torchvision, detectron2 and mmdetection: published ones, and files of their own.
 
 Names and shapes of the tensors determine the network. The libraries differ in more than names:
 
-- torchvision rounds anchors, and counts the background as class 0.
+- torchvision rounds anchors, and has 91 classes, of which 11 (the background, class 0, and ten ids
+  that COCO does not use) are never trained; v1 was published with batch norm without epsilon.
 - detectron2 orders a cell's anchors by scale first, and takes BGR images; with the original (MSRA)
   weights of ResNet it divides by no deviation, and a block's first convolution has the stride.
 - mmdetection has no ReLU between P6 and P7; its "caffe" style is that of the MSRA weights.
@@ -15,30 +16,39 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retinanet.errors import WeightsError
-from retinanet.model.backbone import IMAGENET_MEAN, check_state
+from retinanet.model.backbone import IMAGENET_MEAN, check_state, fetch_state
 from retinanet.model.retinanet import RetinaNet
-from retinanet.model.torchvision_weights import (
-    DETECT,
-    IMAGE_SIZE,
-    MAX_SIZE,
-    TORCHVISION_MODELS,
-    V1,
-    V2,
-    Loaded,
-    keep_classes,
-    our_name,
-    weights_entry,
-)
 from retinanet.model.weight_files import TensorFile, read_tensors
 
 SUFFIXES = (".pth", ".pt", ".pkl")
 """Of files that :func:`load_foreign` reads."""
+
+V1 = "torchvision/retinanet_resnet50_fpn"
+V2 = "torchvision/retinanet_resnet50_fpn_v2"
+PUBLISHED = {
+    V1: "RetinaNet_ResNet50_FPN_Weights.COCO_V1",
+    V2: "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1",
+}
+"""torchvision's weights entries by name."""
+
+SHORT_NAMES = {"coco": V2, "COCO_V1": V2, **{entry: name for name, entry in PUBLISHED.items()}}
+"""Other names: short, and torchvision's of its entries."""
+
+# torchvision's settings of its transform and its post-processing.
+IMAGE_SIZE, MAX_SIZE = 800, 1333
+DETECT: dict[str, Any] = {
+    "score_threshold": 0.05,
+    "topk_candidates": 1000,
+    "nms_threshold": 0.5,
+    "detections_per_image": 300,
+    "class_agnostic_nms": False,
+}
 
 # A tensor that only a RetinaNet of this library has.
 _SIGNS = {
@@ -49,6 +59,19 @@ _SIGNS = {
 # Names of detectron2's buffers, whose values are read before.
 _BUFFERS = re.compile(r"pixel_mean|pixel_std|anchor_generator\..*|.*num_batches_tracked")
 
+# Names there and here. In older files of torchvision a block is one module less deep.
+_TORCHVISION = (
+    (r"backbone\.body\.(.+)", r"backbone.\1"),
+    (r"backbone\.fpn\.inner_blocks\.(\d+)(?:\.0)?\.(weight|bias)", r"pyramid.lateral.\1.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d+)(?:\.0)?\.(weight|bias)", r"pyramid.output.\1.\2"),
+    (r"backbone\.fpn\.extra_blocks\.(p6|p7)\.(weight|bias)", r"pyramid.\1.\2"),
+    (r"head\.classification_head\.conv\.(\d+)\.([01])\.(\w+)", r"class_head.tower.\1.\2.\3"),
+    (r"head\.regression_head\.conv\.(\d+)\.([01])\.(\w+)", r"box_head.tower.\1.\2.\3"),
+    (r"head\.classification_head\.cls_logits\.(\w+)", r"class_head.last.\1"),
+    (r"head\.regression_head\.bbox_reg\.(\w+)", r"box_head.last.\1"),
+)
+# In these the heads' convolutions have the even positions of their sequence.
+_OLD_TOWER = re.compile(r"head\.(classification|regression)_head\.conv\.(\d+)\.(weight|bias)")
 _DETECTRON2 = (
     (r"backbone\.bottom_up\.stem\.conv1\.weight", r"backbone.conv1.weight"),
     (r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", r"backbone.bn1.\1"),
@@ -85,62 +108,145 @@ _RESNETS: dict[tuple[tuple[int, ...], int, int], str] = {
 }
 
 
+class Loaded(NamedTuple):
+    """A model of another library with its classes and settings."""
+
+    model: RetinaNet
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_size: int
+    max_size: int
+    detect: Mapping[str, Any]
+
+
+def published_name(name: str | Path) -> str | None:
+    """Return ``torchvision/NAME`` of a published detector; None: `name` names none."""
+    text = name if isinstance(name, str) else name.as_posix()
+    return SHORT_NAMES.get(text, text if text.startswith("torchvision/") else None)
+
+
+def weights_entry(name: str) -> Any:
+    """Return torchvision's weights entry of a key of ``PUBLISHED``."""
+    import torchvision  # slow: it imports torch's compiler
+
+    return torchvision.models.get_weight(PUBLISHED[name])
+
+
+def fetch_torchvision(name: str) -> Loaded:
+    """Download torchvision's COCO model, with the 80 classes in use of COCO's 91 ids.
+
+    Raises:
+        WeightsError: there is no such model, or it cannot be downloaded.
+    """
+    if name not in PUBLISHED:
+        raise WeightsError(f"there is no {name}: choose {' or '.join(PUBLISHED)}")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    state = fetch_state(
+        weights_entry(name),
+        f"download it where there is internet, and put the file into {cache} or give its path in "
+        "place of the name",
+    )
+    return _with_classes(TensorFile(state, {}, {}), f"weights of {name}", is_v1=name == V1)
+
+
 def load_foreign(file: Path) -> Loaded:
     """Load a RetinaNet of another library.
 
     The classes are COCO's where there are 80 (torchvision: 91), or those that mmdetection's file
     names; else their numbers.
 
-    Args:
-        file: a state dict, alone or within a training's file: torch's .pth or detectron2's .pkl.
-
     Raises:
         WeightsError: it is no such file, or its network is not one of :class:`RetinaNet`.
     """
     content = read_tensors(file, f"weights {file}")
-    library = next((name for name, sign in _SIGNS.items() if sign in content.state), None)
+    is_v1 = _library(content.state) == "torchvision" and _is_published(file, V1)
+    return _with_classes(content, f"weights {file}", is_v1=is_v1)
+
+
+def _with_classes(content: TensorFile, where: str, *, is_v1: bool) -> Loaded:
+    model = convert(content, where, **({"norm_eps": 0.0} if is_v1 else {}))
+    library = _library(content.state)
+    classes, ids = _classes(library, content, model.num_classes)
+    if len(ids) < model.num_classes:
+        model = keep_classes(model, list(ids))
+    detect = DETECT if library == "torchvision" else DETECT | {"detections_per_image": 100}
+    return Loaded(model, classes, ids, IMAGE_SIZE, MAX_SIZE, detect)
+
+
+def convert(content: TensorFile, where: str, **settings: Any) -> RetinaNet:
+    """Build the network of a file of another library, with all its classes.
+
+    Args:
+        content: the file.
+        where: name of the file in messages.
+        settings: fields of the network that the tensors do not determine.
+
+    Raises:
+        WeightsError: it is no such file, or its network is not one of :class:`RetinaNet`.
+    """
+    library = _library(content.state)
     if library is None:
         raise WeightsError(
-            f"weights {file}: no RetinaNet of torchvision, detectron2 or mmdetection: no "
+            f"{where}: no RetinaNet of torchvision, detectron2 or mmdetection: no "
             f"{', '.join(_SIGNS.values())}; found {', '.join(list(content.state)[:3])}, ..."
         )
     version = str(content.meta.get("mmdet_version", ""))
     if version.startswith(("0.", "1.")):
-        raise WeightsError(f"weights {file}: of mmdetection {version}, whose anchors are others")
+        raise WeightsError(f"{where}: of mmdetection {version}, whose anchors are others")
     state = _rename(library, content.state)
-    settings = _network(state, file)
+    settings = {**_network(state, where), **settings}
     if library == "torchvision":
         settings["rounding"] = "torchvision"
-        if "head_norm" not in settings and _is_published(file, V1):
-            settings["norm_eps"] = TORCHVISION_MODELS[V1][1]["norm_eps"]
     else:
-        settings |= _input(library, content.state, state, file)
+        settings |= _input(library, content.state, state, where)
         settings["p7_relu"] = library == "detectron2"
     if library == "detectron2":
         _order_by_ratio(state)
-    num_classes = state["class_head.last.bias"].numel() // 9
-    model = RetinaNet(num_classes, **settings)
-    check_state(model.state_dict(), state, f"weights {file}")
+    model = RetinaNet(state["class_head.last.bias"].numel() // 9, **settings)
+    check_state(model.state_dict(), state, where)
     model.load_state_dict(state, strict=False)
-    classes, ids = _classes(library, content, num_classes)
-    if len(ids) < num_classes:
-        model = keep_classes(model, list(ids))
-    detect = DETECT if library == "torchvision" else DETECT | {"detections_per_image": 100}
-    return Loaded(model, classes, ids, IMAGE_SIZE, MAX_SIZE, detect)
+    return model
+
+
+def keep_classes(model: RetinaNet, kept: list[int]) -> RetinaNet:
+    """Return the same model with only the classes `kept`, in that order."""
+    smaller = RetinaNet(len(kept), model.spec)
+    state = model.state_dict()
+    for key in ("class_head.last.weight", "class_head.last.bias"):
+        rows = state[key].reshape(-1, model.num_classes, *state[key].shape[1:])
+        state[key] = rows[:, kept].flatten(0, 1)
+    smaller.load_state_dict(state)
+    return smaller
+
+
+def our_name(key: str) -> str:
+    """Translate the name of a tensor of torchvision's RetinaNet."""
+    if old := _OLD_TOWER.fullmatch(key):
+        head = "class_head" if old[1] == "classification" else "box_head"
+        return f"{head}.tower.{int(old[2]) // 2}.0.{old[3]}"
+    return _translate(key, _TORCHVISION)
+
+
+def _translate(key: str, names: tuple[tuple[str, str], ...]) -> str:
+    for pattern, ours in names:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, ours, key)
+    return key
+
+
+def _library(state: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, sign in _SIGNS.items() if sign in state), None)
 
 
 def _rename(library: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the tensors our names."""
     if library == "torchvision":
         return {our_name(key): value.float() for key, value in state.items()}
-    pairs = _DETECTRON2 if library == "detectron2" else _MMDETECTION
+    names = _DETECTRON2 if library == "detectron2" else _MMDETECTION
     levels = sum("lateral" in key and key.endswith("weight") for key in state)
 
     def rename(key: str) -> str:
-        for pattern, ours in pairs:
-            if re.fullmatch(pattern, key):
-                key = re.sub(pattern, ours, key)
-                break
+        key = _translate(key, names)
         key = re.sub(r"\.res(\d)\.", lambda stage: f".layer{int(stage[1]) - 1}.", key)
         if library == "detectron2":
             # Levels count from P2 or P3, and convolutions of a head with the ReLUs between them.
@@ -156,12 +262,8 @@ def _rename(library: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {rename(key): value for key, value in kept.items()}
 
 
-def _network(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
-    """Read the settings of the network from the shapes of its tensors.
-
-    Raises:
-        WeightsError: the backbone is no ResNet that this package has, or there are other anchors.
-    """
+def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Read the settings of the network from the shapes of its tensors."""
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.(layer\d\.\d+)\.", key))}
     depths = Counter(block.partition(".")[0] for block in blocks)
     convolutions = 3 if "backbone.layer1.0.conv3.weight" in state else 2
@@ -171,13 +273,13 @@ def _network(state: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
     needed = ("pyramid.lateral.0.weight", "pyramid.p6.weight", "box_head.last.bias")
     if backbone is None or any(name not in state for name in needed):
         raise WeightsError(
-            f"weights {file}: no RetinaNet on {', '.join(_RESNETS.values())}: blocks "
+            f"{where}: no RetinaNet on {', '.join(_RESNETS.values())}: blocks "
             f"{kind[0]}, {kind[2]} channels per group"
         )
     per_cell = state["box_head.last.bias"].numel() // 4
     if per_cell != 9:
         raise WeightsError(
-            f"weights {file}: {per_cell} anchors per cell; supported are 3 scales x 3 ratios"
+            f"{where}: {per_cell} anchors per cell; supported are 3 scales x 3 ratios"
         )
     channels = state["pyramid.lateral.0.weight"].shape[0]
     towers = {match[1] for key in state if (match := re.match(r"class_head\.tower\.(\d+)", key))}
@@ -201,16 +303,13 @@ def _is_published(file: Path, name: str) -> bool:
 
 
 def _input(
-    library: str, given: Mapping[str, Tensor], state: dict[str, Tensor], file: Path
+    library: str, given: Mapping[str, Tensor], state: dict[str, Tensor], where: str
 ) -> dict[str, Any]:
     """Read how images are normalized, and turn the first convolution from BGR to RGB.
 
     detectron2's file may state mean and deviation. Where it does not, batch norm's variance does:
     relative to the squared weights it is near 1 for normalized images, and 58^2 times as large
     where no deviation divides them, as with the MSRA weights.
-
-    Raises:
-        WeightsError: the order of the colours is not known.
     """
     mean, std = given.get("pixel_mean"), given.get("pixel_std")
     first = state["backbone.conv1.weight"]
@@ -223,7 +322,7 @@ def _input(
         is_bgr, values = msra, IMAGENET_MEAN
     elif mean is None:
         raise WeightsError(
-            f"weights {file}: without pixel_mean the order of the colours is not known; add "
+            f"{where}: without pixel_mean the order of the colours is not known; add "
             "pixel_mean and pixel_std of the configuration to the file's tensors"
         )
     else:
@@ -251,7 +350,7 @@ def _order_by_ratio(state: dict[str, Tensor]) -> None:
 
 
 def _classes(
-    library: str, content: TensorFile, num_classes: int
+    library: str | None, content: TensorFile, num_classes: int
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Return names and ids of the classes that are kept."""
     names = weights_entry(V2).meta["categories"]

@@ -45,7 +45,7 @@ _NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 # Image sizes for which packed weights of the backbone are kept: landscape and portrait. The heads'
 # are kept for the levels of one size: five packings of theirs are as large as the backbone's.
-_SHAPES_KEPT = 2
+SHAPES_KEPT = 2
 
 # Several threads may run a network; a lock in the module could not be copied.
 _packing = threading.Lock()
@@ -81,7 +81,7 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     copy.pixel_mean, copy.pixel_std = mean, deviation
     if pack and mean.device.type == "cpu" and can_pack(dtype):
         for module, bias in zip(convolutions, biases, strict=True):
-            module.shapes_kept = _SHAPES_KEPT
+            module.shapes_kept = SHAPES_KEPT
             if not module.adds:  # for which torch supports no other type
                 # In float32: a rounding error would be the same in every cell.
                 module.bias = nn.Parameter(bias, requires_grad=False)
@@ -147,11 +147,11 @@ class FusedConv2d(nn.Module):
         self.activation = activation
         self.shapes_kept: int | None = None
         # By number of threads and input shape, the last used last.
-        self._packed: dict[int, dict[torch.Size, Tensor | None]] = {}
+        self.packed: dict[int, dict[torch.Size, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors in oneDNN's layout cannot be copied or pickled: a copy packs its own.
-        return {**self.__dict__, "_packed": {}}
+        return {**self.__dict__, "packed": {}}
 
     def _weight_for(self, shape: torch.Size) -> Tensor:
         """Return the weight packed for inputs of this shape, from their second occurrence on.
@@ -161,7 +161,7 @@ class FusedConv2d(nn.Module):
         at each call.
         """
         with _packing:
-            kept = self._packed.setdefault(torch.get_num_threads(), {})
+            kept = self.packed.setdefault(torch.get_num_threads(), {})
             known = shape in kept
             packed = kept.pop(shape, None)
             if known and packed is None:

@@ -49,11 +49,7 @@ class Head(nn.Module):
 
 
 def build_head(spec: ModelSpec, outputs: int) -> nn.Module:
-    """Build a head: the paper's, or the user's class by ``Net(channels, outputs)``.
-
-    Raises:
-        ConfigError: the class does not take these arguments.
-    """
+    """Build a head: the paper's, or the user's class by ``Net(channels, outputs)``."""
     if not is_own(spec.head):
         return Head(spec.channels, spec.head_depth, outputs, spec.head_norm)
     kind = find_module("head", spec.head)
@@ -66,11 +62,7 @@ def build_head(spec: ModelSpec, outputs: int) -> nn.Module:
 
 
 def last_convolution(head: nn.Module, outputs: int) -> str:
-    """Return the name of the convolution that computes a head's outputs.
-
-    Raises:
-        ConfigError: there is none with a bias.
-    """
+    """Return the name of the convolution that computes a head's outputs."""
     names = [
         name
         for name, module in head.named_modules()

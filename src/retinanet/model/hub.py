@@ -32,11 +32,7 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def parse_hub_name(name: str | Path) -> HubName:
-    """Parse ``hf://OWNER/NAME@REVISION``.
-
-    Raises:
-        WeightsError: the name is not of that form.
-    """
+    """Parse ``hf://OWNER/NAME@REVISION``."""
     found = _NAME.fullmatch(_text(name))
     if found is None:
         raise WeightsError(
@@ -50,17 +46,7 @@ def _text(name: str | Path) -> str:
 
 
 def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
-    """Download a checkpoint and return its folder in the cache, whose name is the commit.
-
-    Args:
-        name: ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``.
-        files: names of the files of a checkpoint.
-
-    Raises:
-        WeightsError: there is no such model or revision, or access is denied; it is not a
-            checkpoint; or it is not in the cache and the hub cannot be reached.
-        MissingExtraError: huggingface_hub is not installed.
-    """
+    """Download a checkpoint and return its folder in the cache, whose name is the commit."""
     repository, revision = parse_hub_name(name)
     try:
         from huggingface_hub import snapshot_download
@@ -73,12 +59,11 @@ def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
             )
         )
     except Exception as error:  # of the hub, the network or the disk: each has classes of its own
-        raise_hub_error(error, f"hf://{repository}", revision)
+        raise_hub_error(error, f"hf://{repository}{f'@{revision}' if revision else ''}")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise WeightsError(
-            f"hf://{repository} holds no {' and no '.join(missing)}: it is no checkpoint of "
-            "retinanet's"
+            f"hf://{repository} is no checkpoint of retinanet: it has no {', '.join(missing)}"
         )
     return folder
 
@@ -91,68 +76,36 @@ def hub_source(name: str | Path, folder: Path) -> str:
 
 
 def raise_hub_error(
-    error: Exception,
-    name: str,
-    revision: str | None = None,
-    *,
-    pushing: bool = False,
-    secret: str | None = None,
+    error: Exception, name: str, *, pushing: bool = False, secret: str | None = None
 ) -> NoReturn:
-    """Raise a WeightsError that explains an error of the hub in one line.
-
-    Args:
-        error: raised by huggingface_hub.
-        name: of the model, ``hf://OWNER/NAME``.
-        revision: of the model.
-        pushing: True for an upload.
-        secret: a token to remove from the message.
-
-    Raises:
-        WeightsError: always.
-    """
+    """Raise a WeightsError that explains an error of the hub in one line."""
     from huggingface_hub import constants, errors
 
     if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "Error while uploading" alone says little
     hub = constants.ENDPOINT
-    cannot = "cannot be pushed to" if pushing else "cannot be had"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    detail = _first(error) if not secret else _first(error).replace(secret, "***")
-    if isinstance(error, errors.HFValidationError):
-        why = f"is no name on the hub: {detail}"
-    elif isinstance(error, errors.GatedRepoError):
-        why = f"is gated: accept its terms at {hub}/{name.removeprefix('hf://')}, then give a token"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"has no revision {revision!r}"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
-        token = "your token (hf auth login, or HF_TOKEN)"
-        if pushing:
-            why = f"cannot be pushed to: {hub} does not know {token}"
-        else:
-            why = f"is not on {hub}, or is private and {token} does not reach it"
-    elif status == 403:
-        why = f"may not be changed with this token: {detail}"
-    elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        why = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
-        why = "cannot be pushed to: HF_HUB_OFFLINE is set" if pushing else why
-    elif status is not None:
-        why = f"{cannot}: {hub} answered {status}: {detail}"
-    elif isinstance(error, errors.LocalEntryNotFoundError) or _is_of_the_network(error):
-        why = f"{cannot}: {hub} is not reached{'' if pushing else ', and it is not in the cache'}"
-    else:
-        why = f"{cannot}: {type(error).__name__}: {detail}"
-    raise WeightsError(f"{name} {why}") from None
-
-
-def _is_of_the_network(error: Exception) -> bool:
-    """Return True if the connection failed: httpx's errors are not OSErrors."""
-    return any(
-        kind.__module__.startswith("httpx") or kind in (ConnectionError, TimeoutError)
-        for kind in type(error).__mro__
+    token = "hf auth login, or HF_TOKEN"
+    # httpx's errors are not OSErrors.
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    is_of_the_network = isinstance(error, ConnectionError | TimeoutError) or any(
+        module.startswith("httpx") for module in modules
     )
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of a message that is not empty."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    if isinstance(error, errors.GatedRepoError):
+        why = f"accept its terms at {hub}/{name.removeprefix('hf://')}, then give a token ({token})"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = "there is no such revision"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        why = f"it is not on {hub}, or is private and needs a token ({token})"
+    elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        why = "it is not in the cache, and HF_HUB_OFFLINE is set"
+    elif status is None and (
+        is_of_the_network or isinstance(error, errors.LocalEntryNotFoundError)
+    ):
+        why = f"{hub} is not reached, and it is not in the cache"
+    else:
+        lines = (line.strip() for line in str(error).splitlines())
+        why = next((line for line in lines if line), type(error).__name__)
+        why = f"{hub} responded {status}: {why}" if status else f"{type(error).__name__}: {why}"
+    why = why.replace(secret, "***") if secret else why
+    raise WeightsError(f"cannot {'push to' if pushing else 'load'} {name}: {why}") from None

@@ -34,9 +34,6 @@ def batch_images(
 
     Returns:
         (B, 3, H, W) on the device of `fill`, and (B, 2) int64 heights and widths before padding.
-
-    Raises:
-        ValueError: another shape or type, or values that are not 0..255.
     """
     for image in images if len(images) else [images]:
         if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != 3:
@@ -96,10 +93,6 @@ def batch_targets(
             ``labels`` (M,): 0..K-1, without a background class, or IGNORED.
         num_images: B.
         num_classes: K.
-
-    Raises:
-        ValueError: another form, number or shape, an inverted or empty box, boxes that are
-            fractions of the image, or a label out of range.
     """
     if isinstance(targets, Targets):
         return targets

@@ -17,11 +17,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """Return the device called `name`; ``auto`` is the first available of CUDA, MPS and CPU.
-
-    Raises:
-        ConfigError: torch does not support the device, or this machine does not have it.
-    """
+    """Return the device called `name`; ``auto`` is the first available of CUDA, MPS and CPU."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -48,9 +44,6 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
     ``auto`` is bfloat16 on a CPU with AVX-512 BF16 or AMX units and on a GPU with bfloat16 units
     (both checked at run time), else float32. Without such units bfloat16 is emulated, and slower.
-
-    Raises:
-        ConfigError: `precision` is not a :data:`Precision`.
     """
     check_choice("precision", precision, get_args(Precision))
     if precision == "auto":

@@ -51,13 +51,7 @@ _ERRORS = {
 
 
 class Routes:
-    """The routes and their common state.
-
-    Args:
-        batcher: runs the detectors.
-        settings: limits.
-        model_metrics: AP, AP50, data and split by model name.
-    """
+    """The routes and their common state."""
 
     def __init__(
         self,
@@ -325,12 +319,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 def _split_results(
     uploads: Sequence[Upload], results: Sequence[ImageDetections | BaseException]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Return detections and failures as JSON values.
-
-    Raises:
-        HTTPException: no image could be processed.
-        Exception: the network's.
-    """
+    """Return detections and failures as JSON values."""
     images: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     statuses: set[int] = set()

@@ -97,11 +97,7 @@ class Batcher:
         return statistics.median(recent) if recent else None
 
     def start(self) -> None:
-        """Warm up the networks and start their threads; does nothing if they run already.
-
-        Raises:
-            Exception: any exception of a network.
-        """
+        """Warm up the networks and start their threads; does nothing if they run already."""
         if self._workers:
             return
         # Warm up in the threads that will run the networks: some backends keep state per thread.
@@ -154,10 +150,6 @@ class Batcher:
         Returns:
             One future per image; its exception is a HTTPException if the image is rejected, or
             the network's. Cancel futures that nobody waits for.
-
-        Raises:
-            HTTPException: 503 the queue is full; 400 an exported file has other thresholds built
-                in.
         """
         detector = self.detectors[model]
         if isinstance(detector.network, ExportedNetwork):

@@ -57,12 +57,7 @@ class Metrics:
 
 
 class Middleware:
-    """Count requests, add security headers, and answer unexpected errors with 500.
-
-    Args:
-        app: the ASGI application.
-        metrics: counts the requests.
-    """
+    """Count requests, add security headers, and answer unexpected errors with 500."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app

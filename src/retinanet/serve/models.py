@@ -11,14 +11,7 @@ from retinanet.errors import ConfigError
 
 
 def model_names(arguments: Sequence[str]) -> dict[str, str]:
-    """Map names to paths (or published names) of models.
-
-    Args:
-        arguments: ``runs/cells``, named ``cells``, or ``NAME=runs/cells/best``.
-
-    Raises:
-        ConfigError: two models have the same name, or a name is empty.
-    """
+    """Map names to paths (or published names) of models."""
     paths: dict[str, str] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")

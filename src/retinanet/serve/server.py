@@ -39,19 +39,9 @@ def serve(
 ) -> bool:
     """Serve until SIGINT or SIGTERM, and finish running requests before returning.
 
-    Args:
-        app: an application of :func:`retinanet.serve.build_app`.
-        listener: a socket of :func:`bind`; closed at the end.
-        settings: the settings of `app`.
-        on_ready: called once requests are accepted.
-
     Returns:
         Whether all requests were finished. If not, after a second Ctrl-C, threads may still run a
         network: end the process with ``os._exit``.
-
-    Raises:
-        KeyboardInterrupt: after a single Ctrl-C.
-        Exception: any exception of a network during its warm-up.
     """
     app.state.batcher.start()
     server = make_server(app, settings)
@@ -70,16 +60,7 @@ def serve(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket before the models are loaded; connections are refused until it listens.
-
-    Args:
-        host: host name or address of this machine.
-        port: 0 picks a free port.
-
-    Raises:
-        ConfigError: the host or port does not exist.
-        RetinaNetError: the address is in use, not permitted, or not of this machine.
-    """
+    """Bind a socket before the models are loaded; connections are refused until it listens."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is out of range: {port}; use 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

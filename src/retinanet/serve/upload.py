@@ -52,11 +52,7 @@ class Upload:
 
 
 async def read_uploads(request: Request, settings: Settings) -> list[Upload]:
-    """Read the images of a ``multipart/form-data`` or ``image/*`` body.
-
-    Raises:
-        HTTPException: 400 malformed form, 413 too large, 415 another media type, 422 no image.
-    """
+    """Read the images of a ``multipart/form-data`` or ``image/*`` body."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return await _read_form(request, settings)
@@ -144,11 +140,7 @@ class _FormParser(MultiPartParser):
 
 
 def check_image(data: bytes, settings: Settings) -> None:
-    """Check the header of an encoded image before it is decoded.
-
-    Raises:
-        HTTPException: 413 too many pixels; 422 another format or a broken header.
-    """
+    """Check the header of an encoded image before it is decoded."""
     if not data:
         raise HTTPException(422, "the file is empty")
     if not _MAGIC.match(data):

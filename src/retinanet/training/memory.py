@@ -82,7 +82,8 @@ def largest_batch(settings: TaskSettings, count: int) -> Batch:
         if not all(sides):
             height = width = data.max_size
             break
-        scale = min(shorter / min(sides), data.max_size / max(sides)) * data.scale_jitter[1]
+        scale = min(shorter / min(sides), data.max_size / max(sides))
+        scale *= 1.0 if data.crop is True else data.scale_jitter[1]
         height, width = max(height, scale * sides[0]), max(width, scale * sides[1])
     size = [math.ceil(side / 32) * 32 for side in (height, width)]
     objects = max(len(image.annotations) for image in images)

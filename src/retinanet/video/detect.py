@@ -67,7 +67,7 @@ class VideoSummary:
         frames: frames written.
         searched: those of them that detection ran on.
         broken: frames that could not be decoded; they are in neither file.
-        missing: frames that the container states or its times imply, and that it does not contain.
+        missing: frames at the end that the container states and does not contain.
         objects: boxes in the frames that detection ran on, by class.
         tracks: number of tracks; None: no tracking.
         codec: encoder of the image.

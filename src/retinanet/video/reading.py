@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,9 +22,8 @@ Pixels = npt.NDArray[np.uint8]
 _CAMERA_WAIT = 10.0  # seconds for a camera to open, and between two of its frames
 _MAX_SAMPLES = 32  # frames of a video that int8 is calibrated on; held in memory together
 
-# A video ends early, or has a hole, if it lacks so many seconds and frames of what it states.
-_MIN_GAP_SECONDS, _MIN_GAP_FRAMES = 0.25, 3
-_CONSTANT_RATE = 0.95  # fraction of the frames that follow each other at the stated rate
+# A video was cut off if it lacks so many seconds and frames of what it states.
+_MIN_SECONDS, _MIN_FRAMES = 0.25, 3
 
 
 class Turn(NamedTuple):
@@ -81,18 +80,13 @@ class VideoReader:
         sounds: PyAV's sound streams.
         first: the first frame that can be read, for its colours.
         broken: frames that could not be decoded so far; exact once the video has been read.
-        missing: frames that the container states, or its times imply, and does not contain; known
-            once the video has been read.
+        missing: frames at the end that the container states and does not contain; known once the
+            video has been read.
         cut: why reading ended before the video did; empty: it did not.
     """
 
     def __init__(self, source: str | Path) -> None:
-        """Open it and decode its first frame.
-
-        Raises:
-            DataError: there is no such file or camera, it is no video, or contains no frame.
-            MissingExtraError: PyAV is not installed.
-        """
+        """Open it and decode its first frame."""
         av = import_av()
         number = camera_number(source)
         self.is_live = number is not None or is_stream(source)
@@ -131,7 +125,7 @@ class VideoReader:
         aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
         self.pixel_aspect = 1 / aspect if self.turn.is_transposed else aspect
         self.sounds = [] if self.is_live else list(self._container.streams.audio)
-        self._times = _Times(self._container, stream, float(self.rate or 25))
+        self._length = _Length(self._container, stream)
 
     def close(self) -> None:
         """Close the file or the camera."""
@@ -172,14 +166,13 @@ class VideoReader:
                     pts = 0 if last is None else last + step
                 last = pts
                 time = float(pts * self.time_base)
-                self._times.add(time)
                 yield Frame(image, number, pts, time)
                 number += 1
         if self.broken:
             # Frames that depend on a damaged key frame never leave the decoder.
             self.broken = max(self.broken, packets - number)
         if not self.is_live:
-            self.missing = self._times.missing(self.broken)
+            self.missing = self._length.missing(float(self.rate or 25))
 
     def rgb(self, frame: Any) -> Pixels:
         """Convert to (H, W, 3) uint8 RGB, upright, of :attr:`size`; several threads may call."""
@@ -194,11 +187,7 @@ class VideoReader:
         return np.ascontiguousarray(pixels)
 
     def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
-        """Return up to `max_images` frames, spread over the video.
-
-        Raises:
-            DataError: it is a camera, which has no frames yet.
-        """
+        """Return up to `max_images` frames, spread over the video."""
         if self.is_live:
             raise DataError(
                 f"{self.source}: there is nothing to calibrate int8 on yet; "
@@ -222,7 +211,7 @@ class VideoReader:
         streams = {sound.index: i for i, sound in enumerate(self.sounds)}
         try:
             for packet in self._container.demux([self._stream, *self.sounds]):
-                self._times.add_packet(packet)
+                self._length.add(packet)
                 if packet.stream.index == self._stream.index:
                     yield packet
                 elif packet.dts is not None:
@@ -231,59 +220,33 @@ class VideoReader:
             self.cut = error.strerror or type(error).__name__
 
 
-class _Times:
-    """Compares the times of a video's frames and packets with what its container states."""
+class _Length:
+    """Compares the end of a video's packets with the end that its container states."""
 
-    def __init__(self, container: Any, stream: Any, rate: float) -> None:
-        self._step = 1 / rate
-        self._stated_end = None
+    def __init__(self, container: Any, stream: Any) -> None:
+        self._stated = None
         if container.duration:  # microseconds
-            self._stated_end = (container.duration + (container.start_time or 0)) / 1_000_000
-        # An index lists every frame: a longer interval is then the video's own.
-        self._has_index = bool(stream.frames)
-        self._intervals: Counter[int] = Counter()  # in steps
-        self._last: float | None = None
+            self._stated = (container.duration + (container.start_time or 0)) / 1_000_000
         self._image = stream.index
         self._ends: dict[int, float] = {}  # of the packets, by stream, in seconds
 
-    def add_packet(self, packet: Any) -> None:
+    def add(self, packet: Any) -> None:
         """Take a packet of image or sound into account."""
         if packet.pts is not None:
             end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
             index = packet.stream.index
             self._ends[index] = max(self._ends.get(index, end), end)
 
-    def add(self, time: float) -> None:
-        """Take the next frame's time in seconds into account."""
-        if self._last is not None:
-            self._intervals[round((time - self._last) / self._step)] += 1
-        self._last = time
-
-    def missing(self, broken: int) -> int:
-        """Return how many frames are missing at the end and in holes, besides the `broken` ones."""
-        threshold = max(_MIN_GAP_SECONDS, _MIN_GAP_FRAMES * self._step)
-        total = 0
-        if self._stated_end is not None and self._image in self._ends:
-            lacking = self._stated_end - max(self._ends.values())
-            if lacking > threshold:
-                total = round((self._stated_end - self._ends[self._image]) / self._step)
-        is_regular = self._intervals[1] >= _CONSTANT_RATE * self._intervals.total()
-        if is_regular and not self._has_index:
-            holes = sum(
-                (steps - 1) * count
-                for steps, count in self._intervals.items()
-                if steps > 1 and steps * self._step > threshold
-            )
-            total += max(0, holes - broken)
-        return total
+    def missing(self, rate: float) -> int:
+        """Return how many frames the video lacks at its end."""
+        if self._stated is None or self._image not in self._ends:
+            return 0
+        is_cut = self._stated - max(self._ends.values()) > max(_MIN_SECONDS, _MIN_FRAMES / rate)
+        return round((self._stated - self._ends[self._image]) * rate) if is_cut else 0
 
 
 def import_av() -> Any:
-    """Import PyAV.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import PyAV."""
     try:
         import av
     except ImportError:
@@ -378,11 +341,10 @@ def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
         return f"{source}: there is no such file or folder"
     if path.is_dir():
         return f"{source}: is a folder, not a video"
-    try:
-        with path.open("rb") as file:
-            start = file.read(12)
-    except OSError as unreadable:
-        return f"{source}: cannot be read: {unreadable.strerror}"
+    if not os.access(path, os.R_OK):
+        return f"{source}: cannot be read: {reason}"
+    with path.open("rb") as file:
+        start = file.read(12)
     if not start:
         return f"{source}: is empty"
     if start[4:8] == b"ftyp":

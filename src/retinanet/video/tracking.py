@@ -36,9 +36,6 @@ class Tracker:
             threshold: minimum score of a box that begins a track.
             across_classes: a track may change its class. Not for several classes per box, whose
                 tracks would then be exchanged.
-
-        Raises:
-            MissingExtraError: trackers or supervision is not installed.
         """
         try:
             import supervision

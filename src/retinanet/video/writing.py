@@ -46,11 +46,7 @@ class VideoWriter:
     """
 
     def __init__(self, file: Path, reader: VideoReader) -> None:
-        """Set up the streams; the file is created with the first frame or packet.
-
-        Raises:
-            DataError: PyAV has no encoder.
-        """
+        """Set up the streams; the file is created with the first frame or packet."""
         av = import_av()
         self._av = av
         self._reader = reader

@@ -48,7 +48,7 @@ def test_every_status_is_explained(failing: PageDriver, draw: Draw) -> None:
         422: "The image cannot be read: Because.",
         500: "The server failed on this image: Because.",
         504: "The server took too long for this image: Because.",
-        418: "Because.",
+        418: "The server responded with status 418: Because.",
     }
     statuses = iter(texts)
     failing.page.route(

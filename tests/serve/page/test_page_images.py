@@ -168,13 +168,7 @@ def test_camera_errors_are_explained(driver: PageDriver) -> None:
         assert not driver.page.is_visible("#camera-dialog")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation_is_applied(
-    driver: PageDriver, draw: Draw, tmp_path: Path, kind: str
-) -> None:
-    options: dict[str, Any] = {"WEBP": {"lossless": True}, "PNG": {}}.get(
-        kind, {"quality": 100, "subsampling": 0}
-    )
+def test_exif_orientation_is_applied(driver: PageDriver, draw: Draw) -> None:
     # Position of the red square: of 96 x 64 pixels x becomes 96 - x where it is mirrored.
     positions = {1: (8, 40), 2: (80, 40), 3: (80, 16), 4: (8, 16)}
     positions |= {5: (40, 8), 6: (16, 8), 7: (16, 80), 8: (40, 80)}
@@ -182,9 +176,9 @@ def test_exif_orientation_is_applied(
     for orientation in positions:
         exif = Image.Exif()
         exif[0x0112] = orientation
-        name = f"{orientation}.{kind.lower()}"
-        squares = ((8, 40, RED), (80, 40, BLUE))
-        files.append(draw(name, *squares, exif=exif.tobytes(), **options))
+        name = f"{orientation}.{'png' if orientation % 2 else 'jpg'}"
+        options = {"exif": exif.tobytes(), "quality": 100, "subsampling": 0}
+        files.append(draw(name, (8, 40, RED), (80, 40, BLUE), **options))
     driver.upload(*files)
     for orientation, (x, y) in positions.items():
         assert driver.text("#name").startswith(str(orientation))
@@ -194,6 +188,20 @@ def test_exif_orientation_is_applied(
         assert driver.text(".stage-message") == ""
         driver.page.keyboard.press("ArrowRight")
         driver.wait()
+
+
+def test_rotated_webp_has_boxes_on_an_empty_canvas(driver: PageDriver, draw: Draw) -> None:
+    # Chromium does not rotate WebP: on its bitmap boxes would be misplaced.
+    for orientation, byteorder in ((1, "<"), (3, "<"), (3, ">")):
+        exif = Image.Exif()
+        exif.endian = byteorder
+        exif[0x0112] = orientation
+        options = {"lossless": True, "exif": exif.tobytes()}
+        driver.upload(draw(f"{orientation}.webp", (8, 40, RED), **options))
+        message = driver.text(".stage-message")
+        assert ("cannot display WEBP images" in message) == (orientation == 3)
+        assert len(driver.boxes()) == 1
+        driver.page.keyboard.press("Delete")
 
 
 def test_undecodable_image_has_boxes_on_an_empty_canvas(driver: PageDriver, draw: Draw) -> None:
@@ -348,12 +356,11 @@ def test_removed_images_release_their_memory(open_page: OpenPage, draw: Draw) ->
     for _ in range(5):
         page.keyboard.press("ArrowRight")
     page.wait_for_function("() => window.urls.size === 6")
-    # Only the image in view is decoded, besides the test of WebP's orientation.
-    page.wait_for_function("() => window.bitmaps === 2")
+    page.wait_for_function("() => window.bitmaps === 1")  # only the image in view is decoded
     page.click("#remove")
     page.wait_for_function("() => window.urls.size === 5")
     page.click("#clear")
-    page.wait_for_function("() => window.urls.size === 0 && window.bitmaps === 1")
+    page.wait_for_function("() => window.urls.size === 0 && window.bitmaps === 0")
     driver.settle()
     assert page.is_visible(".invitation")
     assert page.evaluate("() => document.activeElement.id") == "choose"

@@ -3,13 +3,8 @@
 import { caption, colourOf, textColourOf } from "./state.js";
 
 /**
- * Draw boxes and captions; a caption covers no other, nor more than a quarter of an object.
- *
- * @param context of the canvas.
- * @param detections by decreasing score.
- * @param area {width, height} of the canvas, in units of the context.
- * @param scale, x, y of the image on the canvas.
- * @param active the highlighted detection; it has a caption in any case.
+ * Draw boxes and captions of detections by decreasing score; a caption covers no other, nor more
+ * than a quarter of an object. The highlighted detection, `active`, has a caption in any case.
  */
 export function drawDetections(
   context, detections, { area, scale = 1, x = 0, y = 0, lineWidth, fontSize, active = null },

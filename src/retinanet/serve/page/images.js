@@ -8,63 +8,18 @@ export const isImage = (file) => SUFFIX.test(file.name) || /^image\/(?!svg)/.tes
 /**
  * Decode a file to an upright bitmap, as the server does; of an animation, the first frame.
  *
- * Rejects if the browser cannot decode the format.
+ * Rejects if the browser cannot decode the format, and rotated WebP files, which Chromium decodes
+ * without their rotation: boxes would be misplaced.
  */
-export async function decode(file, options = {}) {
-  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image", ...options });
-  const orientation = await ignoredOrientation(file);
-  return orientation > 1 ? applyOrientation(bitmap, orientation) : bitmap;
+export async function decode(file) {
+  if (await isRotatedWebp(file)) throw new Error("rotated WebP");
+  return createImageBitmap(file, { imageOrientation: "from-image" });
 }
 
-// Chromium ignores the EXIF orientation of WebP files; the server applies it. To check this browser,
-// decode a WebP of 2 x 1 pixels with an orientation of 90 degrees.
-const ROTATED_WEBP =
-  "UklGRlAAAABXRUJQVlA4WAoAAAAIAAAAAQAAAAAAVlA4TA8AAAAvAQAAAAcQ/Y/+ByKi/wEARVhJRhoAAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA==";
-const ignoresWebpOrientation = (async () => {
-  const bytes = Uint8Array.from(atob(ROTATED_WEBP), (char) => char.charCodeAt(0));
-  return (await createImageBitmap(new Blob([bytes], { type: "image/webp" }))).width === 2;
-})().catch(() => false);
-
-/** EXIF orientation (1 to 8) of a WebP file, if the browser ignores it; else 1. */
-async function ignoredOrientation(file) {
-  const head = await file.slice(0, 12).text();
-  if (!/^RIFF[^]{4}WEBP$/.test(head) || !(await ignoresWebpOrientation)) return 1;
-  const view = new DataView(await file.arrayBuffer());
-  const text = (start) => String.fromCharCode(...new Uint8Array(view.buffer, start, 4));
-  try {
-    let start = 12;
-    while (text(start) !== "EXIF") {
-      const length = view.getUint32(start + 4, true);
-      start += 8 + length + (length % 2);
-    }
-    const base = start + (text(start + 8) === "Exif" ? 14 : 8);
-    const little = view.getUint16(base) === 0x4949;
-    const directory = base + view.getUint32(base + 4, little);
-    for (let i = 0; i < view.getUint16(directory, little); i++) {
-      const entry = directory + 2 + 12 * i;
-      if (view.getUint16(entry, little) === 0x112) return view.getUint16(entry + 8, little);
-    }
-  } catch {
-    // The file has no EXIF data, or they are truncated: no orientation.
-  }
-  return 1;
-}
-
-// (a, b, c, d) of the canvas transform by orientation.
-const TRANSFORMS = {
-  ...{ 2: [-1, 0, 0, 1], 3: [-1, 0, 0, -1], 4: [1, 0, 0, -1], 5: [0, 1, 1, 0] },
-  ...{ 6: [0, 1, -1, 0], 7: [0, -1, -1, 0], 8: [0, -1, 1, 0] },
-};
-
-function applyOrientation(bitmap, orientation) {
-  if (!TRANSFORMS[orientation]) return bitmap;
-  const [a, b, c, d] = TRANSFORMS[orientation];
-  const { width, height } = bitmap;
-  const canvas = new OffscreenCanvas(...(orientation > 4 ? [height, width] : [width, height]));
-  const context = canvas.getContext("2d");
-  const shift = (m, n) => Math.max(0, -(m * width), -(n * height)); // back to the origin
-  context.setTransform(a, b, c, d, shift(a, c), shift(b, d));
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  return canvas.transferToImageBitmap();
+/** Whether a WebP file has an EXIF orientation of 2 to 8 (tag 0x112, little- or big-endian). */
+async function isRotatedWebp(file) {
+  if (!/^RIFF[^]{4}WEBP$/.test(await file.slice(0, 12).text())) return false;
+  const text = new TextDecoder("latin1").decode(await file.arrayBuffer());
+  const exif = text.slice(text.lastIndexOf("EXIF"));
+  return /\x12\x01\x03\0\x01\0\0\0[\x02-\x08]|\x01\x12\0\x03\0\0\0\x01\0[\x02-\x08]/.test(exif);
 }

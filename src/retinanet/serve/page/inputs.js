@@ -22,10 +22,6 @@ export function listenToInputs(addFiles) {
 
 function listenToClipboard(addFiles) {
   let numPasted = 0;
-  const paste = (files) => {
-    if (files.length === 0) notify("There is no image in the clipboard.");
-    else addFiles(files.map(nameFile));
-  };
   const nameFile = (file) => {
     // Browsers name every image from the clipboard image.png.
     if (file.name && !/^image\.\w+$/.test(file.name)) return { file, name: file.name };
@@ -35,7 +31,9 @@ function listenToClipboard(addFiles) {
   document.addEventListener("paste", (event) => {
     if (event.target.closest?.("input, dialog")) return;
     event.preventDefault();
-    paste([...(event.clipboardData?.files ?? [])]);
+    const files = [...(event.clipboardData?.files ?? [])];
+    if (files.length === 0) notify("There is no image in the clipboard.");
+    else addFiles(files.map(nameFile));
   });
 }
 
@@ -88,7 +86,6 @@ async function readEntry(entry) {
 const CAMERA_ERRORS = {
   NotAllowedError: "The browser denied access to the camera. Allow it in the address bar and try again.",
   NotFoundError: "No camera was found on this device.",
-  OverconstrainedError: "No camera was found on this device.",
   NotReadableError: "The camera cannot be used: another program uses it.",
 };
 
@@ -110,8 +107,7 @@ function listenToCamera(addFiles) {
       return;
     }
     try {
-      const size = { width: { ideal: 1920 }, height: { ideal: 1080 } };
-      const camera = { facingMode: "environment", ...size };
+      const camera = { facingMode: "environment", width: { ideal: 1920 }, height: { ideal: 1080 } };
       video.srcObject = await navigator.mediaDevices.getUserMedia({ video: camera });
       if (!dialog.open) return stop(); // closed meanwhile
       await video.play();

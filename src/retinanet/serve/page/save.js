@@ -74,38 +74,28 @@ function imageId(name, used) {
 
 const withoutSuffix = (name) => name.replace(/(?<=[^/])\.[^./]+$/, "");
 
-/** A file name that is not used yet, regardless of case. */
-function pngName(name, used) {
-  const stem = `${withoutSuffix(name)}-detections`;
-  let unique = `${stem}.png`;
-  for (let n = 2; used.has(unique.toLowerCase()); n++) unique = `${stem}-${n}.png`;
-  used.add(unique.toLowerCase());
-  return unique;
-}
-
 async function savePng({ ready }) {
-  const [files, failed, used] = [[], [], new Set()];
+  const [files, failed] = [new Map(), []];
   isSaving = true;
   changed();
   for (const item of ready) {
-    try {
-      const name = pngName(ready.length > 1 ? item.name : item.name.split("/").pop(), used);
-      files.push({ name, blob: await drawImage(item) });
-    } catch {
-      failed.push(item.name);
-    }
+    const stem = `${withoutSuffix(ready.length > 1 ? item.name : item.name.split("/").pop())}-detections`;
+    let name = `${stem}.png`;
+    const used = new Set([...files.keys()].map((other) => other.toLowerCase()));
+    for (let n = 2; used.has(name.toLowerCase()); n++) name = `${stem}-${n}.png`;
+    await drawImage(item).then((blob) => files.set(name, blob), () => failed.push(item.name));
+  }
+  if (failed.length > 0) {
+    notify(`This browser could not draw on ${plural(failed.length, "image")}: ${failed.slice(0, 3).join(", ")}.`);
   }
   try {
-    if (files.length === 1) save(files[0].blob, files[0].name);
-    else if (files.length > 1) save(await zip(files), "images.zip");
+    if (files.size > 1) save(await zip(files), "images.zip");
+    else for (const [name, blob] of files) save(blob, name);
   } catch (error) {
     notify(`The images could not be saved: ${error.message}`);
   }
   isSaving = false;
   changed();
-  if (failed.length > 0) {
-    notify(`This browser could not draw on ${plural(failed.length, "image")}: ${failed.slice(0, 3).join(", ")}.`);
-  }
 }
 
 /** A PNG of an image with its boxes, at full size. */
@@ -130,11 +120,11 @@ function bytes(...fields) {
   return Uint8Array.from(fields.flatMap(digits));
 }
 
-/** A ZIP archive of [{name, blob}], up to 4 GiB. */
+/** A ZIP archive of a map of blobs by name, up to 4 GiB. */
 async function zip(files) {
   const [parts, directory] = [[], []];
   let offset = 0;
-  for (const { name, blob } of files) {
+  for (const [name, blob] of files) {
     const path = new TextEncoder().encode(name);
     // gzip: a header of 10 bytes, the data, their checksum in 4 bytes, and their size in 4 bytes.
     const packed = await new Response(blob.stream().pipeThrough(new CompressionStream("gzip"))).blob();
@@ -147,7 +137,7 @@ async function zip(files) {
     offset += 30 + path.length + data.size;
     if (offset > 0xffffffff) throw new Error("more than 4 GiB of images; save fewer at a time");
   }
-  const end = bytes([4, 0x06054b50], [4, 0], [2, files.length], [2, files.length],
+  const end = bytes([4, 0x06054b50], [4, 0], [2, files.size], [2, files.size],
     [4, new Blob(directory).size], [4, offset], [2, 0]);
   return new Blob([...parts, ...directory, end], { type: "application/zip" });
 }

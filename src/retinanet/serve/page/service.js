@@ -38,12 +38,6 @@ export function pause(text, seconds, button = "Try now") {
 const url = (path) => new URL(path, document.baseURI);
 const isAlive = () => fetch(url("healthz"), { cache: "no-store" }).then(({ ok }) => ok, () => false);
 
-async function waitForServer() {
-  for (let seconds = 1; !(await isAlive()); seconds = Math.min(15, 2 * seconds)) {
-    await pause("The server does not respond.", seconds);
-  }
-}
-
 /** Fetch JSON; waits while the server is busy, does not respond, or needs another key. */
 async function request(path, { signal, ...options } = {}) {
   for (let closed = 0; ; ) {
@@ -56,10 +50,10 @@ async function request(path, { signal, ...options } = {}) {
       response = await fetch(url(path), { cache: "no-store", headers, signal, ...options });
     } catch (error) {
       if (signal?.aborted) throw error;
-      if (!(await isAlive())) await waitForServer();
-      else if (++closed === 2) {
+      if ((await isAlive()) && ++closed === 2) {
         throw new ExplainedError("The server closed the connection during the upload; the image may be too large.");
       }
+      while (!(await isAlive())) await pause("The server does not respond.", 5);
       continue;
     }
     if (response.status === 401) {
@@ -87,14 +81,11 @@ async function readResponse(response) {
   const content = await response.json().catch(() => null);
   if (response.ok && content === null) throw new ExplainedError("The response is not JSON.");
   if (response.ok) return content;
-  const text = EXPLANATIONS[response.status];
-  const detail = String(content?.detail ?? "").replace(/^image: /, "");
-  const reason = detail.replace(/^cannot be read(: |; |$)/, "").replace(/\.$/, "");
-  if (text) throw new ExplainedError(`${text}${reason && `: ${reason}`}.`);
-  throw new ExplainedError(detail || `The server responded with status ${response.status}.`);
+  const text = EXPLANATIONS[response.status] ?? `The server responded with status ${response.status}`;
+  const reason = String(content?.detail ?? "").replace(/^(image: )?(cannot be read(: |; |$))?/, "").replace(/\.$/, "");
+  throw new ExplainedError(`${text}${reason && `: ${reason}`}.`);
 }
 
-/** {models, limits, version} */
 export const getModels = () => request("v1/model");
 
 /** Detect with the model's own thresholds; the page filters further. */

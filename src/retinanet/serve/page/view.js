@@ -1,7 +1,7 @@
 // The image in view with its boxes: one pane per model, all with the same zoom.
 
 import { drawDetections } from "./drawing.js";
-import { $, element, isSameSize, scheduled, setText, state } from "./state.js";
+import { $, element, scheduled, setText, state } from "./state.js";
 
 const MAX_SCALE = 40; // CSS pixels per image pixel
 const HIT_TOLERANCE = 4; // CSS pixels
@@ -36,11 +36,10 @@ export function setPanes(models, activate) {
 }
 
 /** Show a bitmap (null: an empty canvas) of a size (null: not yet known). */
-export function setImage(bitmap, size, keepZoom = false) {
+export function setImage(bitmap, size) {
   view.bitmap?.close();
-  const isSame = view.size && size && isSameSize(view.size, size);
   Object.assign(view, { bitmap, size });
-  if (!(keepZoom && isSame)) fit();
+  fit();
   draw();
 }
 
