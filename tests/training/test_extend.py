@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -135,6 +137,15 @@ def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
     assert "memory: 1 of 4 images at a time (train.accumulate=4)" in messages(events)
     stored = load_recipe(run.folder / "config.toml").train
     assert (stored.batch_size, stored.accumulate, stored.lr) == (4, 4, recipe.train.lr)
+
+
+def test_more_images_than_fit_into_the_memory_of_a_cpu_are_not_tried(
+    tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
+    with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the memory"):
+        trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
 
 
 def test_largest_batch_is_of_the_largest_sides_in_the_data(tiny_data: Path) -> None:

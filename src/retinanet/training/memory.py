@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import psutil
 import torch
+from torch import Tensor
 
 from retinanet.errors import ConfigError
 from retinanet.structures import Batch, pad_targets
@@ -19,6 +21,9 @@ from retinanet.training.task import TaskSettings
 TryStep = Callable[[TaskSettings, Batch], object]
 """Does a training step with settings, and discards it."""
 
+
+_SHARE = 0.8  # of the available memory that a step may take
+_PEAK = 1.2  # memory of a step in what its forward pass saves: .9 to 1 measured, and a reserve
 
 _MALLOC_OPTIONS = {-4: 0, -1: -1}  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD (malloc.h)
 
@@ -57,7 +62,13 @@ def fit_memory(settings: TaskSettings, try_step: TryStep) -> int:
             "several processes train.accumulate=N"
         )
     count = settings.batch_size
-    parts = next((n for n in divisors(count) if _fits(settings, n, try_step)), None)
+    images = count
+    if settings.accelerator.device.type == "cpu":
+        # A CPU gets more than it has, and the system ends the process when it is used.
+        free = _SHARE * psutil.virtual_memory().available
+        images = int(free / _bytes_per_image(settings, try_step))
+    candidates = (n for n in divisors(count) if count // n <= images)
+    parts = next((n for n in candidates if _fits(settings, n, try_step)), None)
     if parts is None:
         _, _, height, width = largest_batch(settings, 1).images.shape
         raise ConfigError(
@@ -143,3 +154,21 @@ def _fits(settings: TaskSettings, parts: int, try_step: TryStep) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return fits
+
+
+def _bytes_per_image(settings: TaskSettings, try_step: TryStep) -> float:
+    """Estimate the memory of a step per image from what its forward pass saves for the backward."""
+    recipe = settings.recipe.choose({"train.batch_size": 1, "train.accumulate": 1})
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            try_step(replace(settings, recipe=recipe), largest_batch(settings, 1))
+    except OutOfMemoryError:
+        return math.inf
+    return _PEAK * sum(sizes.values())
