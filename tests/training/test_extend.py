@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +64,18 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     )
     assert again.step == 5
     assert "is finished: 5 steps; to train it further give --more-epochs" in messages(events)[-1]
+    # A second extension has a warm-up of a tenth of its own steps, whatever the first had.
+    options |= {"more_epochs": 7}
+    with pytest.raises(Stop):
+        trainer.train(recipe, tiny_data, tmp_path / "parts", on_event=stop_at(6), **options)
+    assert read_log(tmp_path / "parts")[-1]["lr"] == pytest.approx(lr / 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
+        ({"more_epochs": math.inf}, "--more-epochs .more_epochs. inf: give more than 0"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],
 )
