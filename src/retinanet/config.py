@@ -14,10 +14,9 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
-from numbers import Real
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, SupportsFloat, get_args
 
 from pydantic import (
     BaseModel,
@@ -589,9 +588,9 @@ def keyword_settings(
     if "data.image_size" in pairs and "data.max_size" not in pairs:
         sides = load_recipe(name_or_file).data
         size = pairs["data.image_size"]
-        if not (isinstance(size, Real) and size % 1 == 0):
+        if not isinstance(size, SupportsFloat) or float(size) % 1:
             raise ConfigError(f"image_size is a whole number of pixels, got {size!r}")
-        pairs["data.max_size"] = round(size * sides.max_size / sides.image_size)
+        pairs["data.max_size"] = round(float(size) * sides.max_size / sides.image_size)
     return list(pairs.items())
 
 

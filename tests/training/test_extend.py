@@ -6,15 +6,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 import retinanet as rn
 from retinanet.config import load_recipe
+from retinanet.data import cpus
 from retinanet.training import memory, trainer
 from retinanet.training.events import Event
 from retinanet.training.task import RetinaNetTask
@@ -149,7 +148,9 @@ def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
 def test_more_images_than_fit_into_the_memory_of_a_cpu_are_not_tried(
     tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    for name, text in (("max", "5000"), ("current", "6000"), ("stat", "inactive_file 1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(cpus, "_GROUP", tmp_path)  # the limit of a container, all in use
     recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
     with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the memory"):
         trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")
