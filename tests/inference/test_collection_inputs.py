@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import fsspec
 import pytest
@@ -140,6 +141,15 @@ def test_addresses_keep_their_host_and_lose_no_folder(tree: Path) -> None:
     expected = [f"{top}/{name}" for name in ("a.png", "b.png", "left/a.png")]
     assert list_inputs([f"{top}/**/*.png"]) == expected
     assert list_inputs([f"{top}/"]) == [*expected, f"{top}/left/one.tar"]
+
+
+def test_sftp_gets_no_option_that_paramiko_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    paramiko = MagicMock()
+    paramiko.SSHClient.return_value.connect = lambda host, **options: given.append(options)
+    monkeypatch.setitem(sys.modules, "paramiko", paramiko)
+    open_files("sftp://me@box:22/a")
+    assert given == [{"username": "me", "port": 22}]
 
 
 def test_missing_packages_are_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,10 @@ def open_files(address: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = address.partition("://")[0]
+    # SFTP has no such cache, and hands every option to paramiko, which refuses it.
+    options = {} if scheme in ("sftp", "ssh") else {"use_listings_cache": False}
     try:
-        files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+        files, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         if scheme == "hf":
             raise MissingExtraError("huggingface_hub", "hub") from None
