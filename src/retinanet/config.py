@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from types import FunctionType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, SupportsFloat, get_args
 
 from pydantic import (
     BaseModel,
@@ -399,7 +399,7 @@ class TrainConfig(_Section):
     init: str | None = None  # a detector to start from: the network follows it (training.init)
     init_partial: bool = False  # start from it even where under 90% of its tensors fit
     class_map: str | None = None  # TOML or JSON: a class of the data = its name in init
-    seed: int = 0  # of weights, split, order and augmentation
+    seed: int = Field(0, ge=0, lt=2**32)  # of weights, split, order and augmentation
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
@@ -587,8 +587,10 @@ def keyword_settings(
         pairs = {**EXACT_EPOCHS, **pairs}
     if "data.image_size" in pairs and "data.max_size" not in pairs:
         sides = load_recipe(name_or_file).data
-        longest = pairs["data.image_size"] * sides.max_size / sides.image_size
-        pairs["data.max_size"] = round(longest)
+        size = pairs["data.image_size"]
+        if not isinstance(size, SupportsFloat) or float(size) % 1:
+            raise ConfigError(f"image_size is a whole number of pixels, got {size!r}")
+        pairs["data.max_size"] = round(float(size) * sides.max_size / sides.image_size)
     return list(pairs.items())
 
 
@@ -603,12 +605,13 @@ def load_with_keywords(
         ConfigError: as these; or a setting is given in both ways.
     """
     settings = list(settings)
+    pairs = dict(keyword_settings(name_or_file, keywords))
     keys = {s.partition("=")[0].strip() if isinstance(s, str) else s[0] for s in settings}
-    for key in keys & {*setting_names()}:
+    for key in keys & pairs.keys():
         name = key.split(".")[1]
-        if keywords.get(name) is not None:
+        if name in keywords:
             raise ConfigError(f"{key} is given twice: as a setting and by {name}; give one of them")
-    return load_recipe(name_or_file, [*keyword_settings(name_or_file, keywords), *settings])
+    return load_recipe(name_or_file, [*pairs.items(), *settings])
 
 
 def build_recipe(values: Mapping[str, Any], where: str = "") -> Recipe:

@@ -112,6 +112,7 @@ def test_evaluate_tune_writes_the_settings_into_the_checkpoint(
         ended = cli("evaluate", run, data, "--tune", wrong)
         assert ended.code == 2
         assert "--tune is for a run or checkpoint folder with its own settings" in ended.err
+    assert "or a tile is given" in cli("evaluate", run, data, "--tune", "--tile=64").err
 
 
 def test_evaluate_with_other_nms(

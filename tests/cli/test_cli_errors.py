@@ -38,6 +38,7 @@ BAD_USAGE = [
     ("train x --steps 4 train.steps=5", "given twice: as a setting and by steps; give one of them"),
     ("train x --image-size 64 data.image_size=96", "given twice: as a setting and by image_size"),
     ("train x --epochs 0", "train.epochs: Input should be greater than 0"),
+    ("train x --seed -1", "train.seed: Input should be greater than or equal to 0"),
     ("train x --batch-size big", "give a number of images, or auto (got 'big')"),
     ("train --out={run} --more-epochs=0", "--more-epochs (more_epochs) 0: give more than 0"),
     ("train {data} --out={full} --steps=1", "no run to resume"),

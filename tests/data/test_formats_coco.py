@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from labelled_folders import MakeImage, coco_image, coco_json, coco_object, write
@@ -39,6 +40,25 @@ def test_boxes_ids_and_flags(tmp_path: Path, make_image: MakeImage) -> None:
     assert crowd.ignored
     assert (other.box, other.label, other.crowd, other.area) == ((0.5, 0, 4.75, 6), 0, False, None)
     assert read_dataset(tmp_path, "train", extras=False).images[0].annotations[0].extra == {}
+
+
+@pytest.mark.parametrize("mask", [None, "x", [3], [["a", 1]], {"size": [30, 40], "counts": "a"}])
+def test_mask_that_is_no_polygon_of_a_box_within_a_pixel(
+    tmp_path: Path, make_image: MakeImage, mask: Any
+) -> None:
+    make_image(tmp_path / "a.jpg")
+    objects = [coco_object(n, 1, [1, 2, 10, 5]) for n in (1, 2)]
+    objects.append(coco_object(3, 1, [0.25, 0.5, 0.5, 0.25], segmentation=mask))
+    write(tmp_path / "train.json", coco_json([coco_image(1, "a.jpg")], objects))
+    (image,) = read_dataset(tmp_path, "train").images
+    assert image.annotations[2].box == (10, 15, 30, 22.5)
+
+
+def test_categories_that_are_nested_too_deeply(tmp_path: Path) -> None:
+    nested = "[" * 100_000 + "]" * 100_000
+    write(tmp_path / "train.json", f'{{"images": [], "annotations": [], "categories": {nested}}}')
+    with pytest.raises(DataError, match=r"train\.json: cannot be read: maximum recursion"):
+        read_splits(tmp_path)
 
 
 def test_file_name_with_folders_of_another_machine(tmp_path: Path, make_image: MakeImage) -> None:

@@ -497,6 +497,17 @@ def test_files_of_images_without_objects_are_empty(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 3, "val": 11}
 
 
+@pytest.mark.parametrize("region", ["DontCare", "others"])
+def test_regions_of_kitti_are_not_those_of_visdrone(tmp_path: Path, region: str) -> None:
+    rows = [f"{name} 0 0 0 1 2 11 12 1 1 1 1 1 1 0\n" for name in ("Car", region)]
+    write(tmp_path / "label_2" / "a.txt", "".join(rows))
+    write_image(tmp_path / "image_2" / "a.png")
+    dataset = read_dataset(tmp_path, "all")
+    is_region = region == "DontCare"
+    assert dataset.classes == (("Car",) if is_region else ("Car", "others"))
+    assert [a.crowd for a in dataset.images[0].annotations] == [False, is_region]
+
+
 def test_missing_images_of_a_list_are_reported(tmp_path: Path) -> None:
     LAYOUTS["yolo-lists"].build(tmp_path)
     write(tmp_path / "train.txt", "/x/images/img_0.jpg\n/x/images/gone.jpg\n/x/images/lost.jpg\n")

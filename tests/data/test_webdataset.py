@@ -460,6 +460,17 @@ def test_remote_shards(shards: Path, remote: str) -> None:
     assert item.read().shape[0] == 3
 
 
+def test_remote_shards_are_read_once_however_many(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    content = make_tar(tmp_path / "x.tar", [("a.jpg", b"")]).read_bytes()
+    names = [f"memory://many/{number}.tar" for number in range(300)]
+    for name in names:
+        store.pipe_file(name, content)
+        assert [*archives.members_of(name)] == ["a.jpg"]
+    store.rm("/many", recursive=True)
+    assert [*archives.members_of(names[0])] == ["a.jpg"]
+
+
 def test_what_can_be_wrong_far_away(remote: str) -> None:
     with pytest.raises(DataError, match="no labelled data found"):
         read_splits(f"{remote}/gone")

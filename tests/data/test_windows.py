@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,10 @@ def test_windows_of_other_files_are_crops_of_the_whole(tmp_path: Path) -> None:
     exif[0x0112] = 6
     files.append(tmp_path / "turned.tif")
     tifffile.imwrite(files[-1], RGB, tile=TILE, extratags=[(274, 3, 1, 6, True)])
+    files.append(tmp_path / "turned deep.tif")  # of one strip, which Pillow maps into memory
+    deep = {"photometric": "minisblack", "extratags": [(274, 3, 1, 6, True)]}
+    tifffile.imwrite(files[-1], DEEP[:, :, 0].copy(), **deep)
+    assert torch.equal(read_image(files[-1]), read_image(DEEP[:, :, 0]).rot90(-1, (1, 2)))
     files.append(tmp_path / "turned.jpg")
     Image.fromarray(RGB).save(files[-1], exif=exif)
     for file in files:
@@ -280,6 +286,27 @@ def test_tiles_of_earlier_windows_are_kept(tmp_path: Path) -> None:
     assert torch.equal(opened.read((70, 50, 180, 120)), whole[:, 50:120, 70:180])
     with pytest.raises(ImageError, match=r"a\.tif: cannot be read"):
         opened.read((190, 120, 200, 140))
+
+
+def test_pieces_of_one_window_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "CACHED_BYTES", 1)
+    file = write_tiff(tmp_path / "a.tif", "deflate strips")
+    whole, opened = read_image(file), open_windows(file)
+    opened.read((0, 0, 100, HEIGHT))
+    file.write_bytes(b"")
+    assert torch.equal(opened.read((100, 0, WIDTH, HEIGHT)), whole[:, :, 100:])
+
+
+def test_pieces_are_freed_with_their_image(tmp_path: Path) -> None:
+    opened: Any = open_windows(write_tiff(tmp_path / "a.tif", "deflate"))
+    page = weakref.ref(opened._levels[0])
+    opened.read((0, 0, WIDTH, HEIGHT))
+    gc.disable()
+    try:
+        del opened
+        assert page() is None
+    finally:
+        gc.enable()
 
 
 def test_typical_side(tmp_path: Path) -> None:

@@ -260,6 +260,8 @@ def test_tune_rejects_what_cannot_be_tuned(val: Dataset) -> None:
     tiled = of(Painter(), val, tile={"side": 64, "overlap": 0.2})
     with pytest.raises(ConfigError, match="the model was trained on tiles"):
         tune(tiled, val, workers=0, **PLAIN)
+    with pytest.raises(ConfigError, match=r"chosen on whole images, .* or a tile is given"):
+        tune(of(Painter(), val), val, workers=0, tile=64, **PLAIN)
     dataset, _, _ = many_objects((0,))
     with pytest.raises(DataError, match="no object to tune the detection on"):
         tune(tiny_checkpoint(dataset.classes), dataset, **PLAIN)

@@ -189,7 +189,7 @@ def test_push_without_a_network_is_explained(
     with pytest.raises(WeightsError, match=r"cannot push to .*: http://127.0.0.1:9 is not"):
         push(run, NAME, token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(WeightsError, match=": HF_HUB_OFFLINE is set"):
         push(run, NAME, token=TOKEN)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -201,6 +202,24 @@ def test_collection_lost_and_failed_shards_are_an_error_and_repeated_by_the_next
     monkeypatch.setattr(Store, "write", write)
     assert detect(model, images, tmp_path / "out").images == 10
     assert ray.rounds == [[0, 1, 2, 3, 4], [2], [2]]
+    # The caller's own work with Ray Data must not lose blocks silently.
+    assert ray.data.DataContext.get_current().max_errored_blocks == 0
+    assert logging.getLogger("ray.data").level != logging.CRITICAL
+
+
+def test_collection_that_another_call_has_done_by_now(
+    ray: InProcessRay, model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = ray.nodes
+
+    def wait() -> Any:
+        monkeypatch.setattr(ray, "nodes", nodes)
+        detect(model, images, tmp_path / "out")
+        return nodes()
+
+    monkeypatch.setattr(ray, "nodes", wait)
+    assert detect(model, images, tmp_path / "out").images == 10
+    assert len(ray.rounds) == 1
 
 
 def test_collection_folder_begun_for_something_else_is_an_error(

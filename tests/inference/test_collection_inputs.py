@@ -7,9 +7,13 @@ import os
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_storage_options
 from small_collection import save_images
 
 from retinanet.batch.inputs import iter_images, list_inputs
@@ -105,6 +109,47 @@ def test_folder_that_cannot_be_listed_is_an_error(
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match=r"left/deep: cannot be listed: Permission denied"):
         list_inputs(["images"])
+
+
+class Hosted(LocalFileSystem):
+    """Files of a disk under addresses with a host, which fsspec's paths lack, as of SFTP."""
+
+    protocol = "hosted"
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(infer_storage_options(path)["path"])
+
+    def ls(self, path: str, *args: Any, **options: Any) -> Any:
+        if path.endswith("/deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return super().ls(path, *args, **options)
+
+
+def test_addresses_keep_their_host_and_lose_no_folder(tree: Path) -> None:
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    (tree / "left" / "loop").unlink()
+    top = f"hosted://user@box{tree}"
+    for given in (top, f"{top}/**/*.png"):
+        with pytest.raises(DataError, match=r"cannot be accessed: .*Permission denied"):
+            list_inputs([given])
+    assert list_inputs([f"{top}/left/*.tar"]) == [f"{top}/left/one.tar"]
+    (tree / "left" / "deep").rename(tree / ".deep")
+    expected = [f"{top}/{name}" for name in ("a.png", "b.png", "left/a.png")]
+    assert list_inputs([f"{top}/**/*.png"]) == expected
+    assert list_inputs([f"{top}/"]) == [*expected, f"{top}/left/one.tar"]
+
+
+def test_sftp_gets_no_option_that_paramiko_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    paramiko = MagicMock()
+    paramiko.SSHClient.return_value.connect = lambda host, **options: given.append(options)
+    monkeypatch.setitem(sys.modules, "paramiko", paramiko)
+    open_files("sftp://me@box:22/a")
+    assert given == [{"username": "me", "port": 22}]
 
 
 def test_missing_packages_are_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

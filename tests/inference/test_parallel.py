@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,22 @@ def test_map_ahead_single_item_runs_in_the_calling_thread() -> None:
         threading.current_thread()
     ]
     assert list(map_ahead(lambda _: threading.current_thread(), [], 2)) == []
+
+
+def test_map_ahead_does_not_keep_the_first_item() -> None:
+    kept: list[Any] = []
+
+    def items() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            item = torch.zeros(1)
+            kept.append(weakref.ref(item))
+            yield item
+            del item
+
+    results = map_ahead(lambda item: None, items(), 1)
+    next(results)
+    next(results)
+    assert kept[0]() is None
 
 
 def test_map_ahead_raises_and_ends_its_threads() -> None:

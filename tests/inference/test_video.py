@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -552,7 +553,9 @@ def refused(detector: Detector, clip: Path, out: Path) -> str:
     return str(caught.value)
 
 
-def test_video_that_cannot_be_read_is_an_error(detector: Detector, tmp_path: Path) -> None:
+def test_video_that_cannot_be_read_is_an_error(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "found"
     clip = tmp_path / "clip.mp4"
     assert refused(detector, clip, out) == f"{clip}: there is no such file or folder"
@@ -566,6 +569,10 @@ def test_video_that_cannot_be_read_is_an_error(detector: Detector, tmp_path: Pat
     content = clip.read_bytes()
     clip.write_bytes(content[: len(content) - 1200])
     assert refused(detector, clip, out).endswith("its index is missing; it was cut off")
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("socket.mp4")
+        assert refused(detector, Path("socket.mp4"), out).startswith("socket.mp4: cannot be read: ")
     folder = tmp_path / "folder.mp4"
     folder.mkdir()
     assert refused(detector, folder, out) == f"{folder}: is a folder, not a video"

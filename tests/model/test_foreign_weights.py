@@ -239,6 +239,15 @@ def test_colour_order_that_is_not_known_is_an_error(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "a.pth")
 
 
+def test_missing_tensors_are_named(tmp_path: Path) -> None:
+    state = random_state(MMDETECTION, 1)
+    del state["bbox_head.retina_cls.bias"], state["backbone.bn1.running_var"]
+    torch.save(state, tmp_path / "a.pth")
+    missing = r"missing: backbone\.bn1\.running_var, class_head\.last\.bias"
+    with pytest.raises(WeightsError, match=missing):
+        load_checkpoint(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_pickled_arrays_are_read(protocol: int, tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)

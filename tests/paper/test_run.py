@@ -96,6 +96,7 @@ def test_run_plan_runs_each_training_once(fake: MakeWorkers) -> None:
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL (out of memory?); see "),
         ("os.kill(os.getpid(), 11)", "killed by SIGSEGV; see "),
         ("sys.exit(2)", "exit code 2; see "),
+        ("print('stopped; to resume: ' + 'x' * 4000); sys.exit(143)", "stopped by SIGTERM; see "),
         ("print('error: No space left on device'); sys.exit(1)", "No space left on device; see"),
     ],
 )

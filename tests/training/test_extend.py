@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 import retinanet as rn
 from retinanet.config import load_recipe
+from retinanet.data import cpus
 from retinanet.training import memory, trainer
 from retinanet.training.events import Event
 from retinanet.training.task import RetinaNetTask
@@ -63,12 +63,18 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     )
     assert again.step == 5
     assert "is finished: 5 steps; to train it further give --more-epochs" in messages(events)[-1]
+    # A second extension has a warm-up of a tenth of its own steps, whatever the first had.
+    options |= {"more_epochs": 7}
+    with pytest.raises(Stop):
+        trainer.train(recipe, tiny_data, tmp_path / "parts", on_event=stop_at(6), **options)
+    assert read_log(tmp_path / "parts")[-1]["lr"] == pytest.approx(lr / 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
+        ({"more_epochs": math.inf}, "--more-epochs .more_epochs. inf: give more than 0"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],
 )
@@ -142,7 +148,9 @@ def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
 def test_more_images_than_fit_into_the_memory_of_a_cpu_are_not_tried(
     tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    for name, text in (("max", "5000"), ("current", "6000"), ("stat", "inactive_file 1000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(cpus, "_GROUP", tmp_path)  # the limit of a container, all in use
     recipe = tiny_recipe(*SMALL, "train.steps=1", "train.batch_size=auto")
     with pytest.raises(rn.ConfigError, match="an image of 64 x 64 px does not fit into the memory"):
         trainer.train(recipe, tiny_data, tmp_path / "run", device="cpu")

@@ -81,6 +81,8 @@ def test_image_size_keeps_the_ratio_of_the_longer_side() -> None:
         ({"resume": True}, "unknown keyword 'resume': the same call resumes a run"),
         ({"lr": "fast"}, "train.lr: Input should be a valid number"),
         ({"lr": 1.0, "settings": "train.lr=2"}, "train.lr is given twice: as a setting and by lr"),
+        ({"tile": None, "settings": "data.tile=512"}, "data.tile is given twice"),
+        ({"image_size": "640"}, "image_size is a whole number of pixels, got '640'"),
         (
             {"backbone_weights": "no.pth", "backbone": "resnet18", "data": "none"},
             "backbone weights no.pth",

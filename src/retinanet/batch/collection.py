@@ -43,6 +43,11 @@ VERSION = 4
 _MAX_TRIES = 3  # of a shard whose process dies
 _MIN_SHARD, _MAX_SHARD, _SHARDS = 16, 256, 64  # a kill loses the shards in work
 _CORES = 4  # per detector without a GPU; a network uses more of them poorly
+_RAY_DATA = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "max_errored_blocks": -1,  # a shard that is lost with its machine does not end the rest
+}
 _STREAM: dict[str, Any] = {"batch_size": 1, "tile": None, "overlap": None}
 
 Progress = Callable[[int, int], None]
@@ -148,7 +153,7 @@ def detect_collection(
     if done_before < len(shards):
         work = Work(files, name, {"device": device, **options}, stream, store, base)
         # Ray prints the death of a process to the standard output, until it is shut down.
-        with redirect_stdout(sys.stderr), _cluster(ray):
+        with redirect_stdout(sys.stderr), _cluster(ray), _ray_data(ray):
             _run_shards(ray, work, workers, shards, on_progress)
     return _summarize(store, len(shards), done_before)
 
@@ -322,6 +327,22 @@ def _cluster(ray: Any) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _ray_data(ray: Any) -> Iterator[None]:
+    """Set Ray Data to continue after lost shards, without output, and restore it at the end."""
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    before, level = {name: getattr(context, name) for name in _RAY_DATA}, logger.level
+    try:
+        for name, value in _RAY_DATA.items():
+            setattr(context, name, value)
+        logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.setLevel(level)
+
+
 def _run_shards(
     ray: Any,
     work: Work,
@@ -339,10 +360,8 @@ def _run_shards(
     done = len(shards) - len(missing)
     report = on_progress or (lambda done, total: None)
     report(done, len(shards))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # a shard that is lost with its machine does not end the rest
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    if not missing:  # another call has done them by now
+        return
     rows = [{"shard": shard, "inputs": json.dumps(shards[shard])} for shard in missing]
     with warnings.catch_warnings():
         # Ray 2.60 deprecates max_task_retries, and has no replacement.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -74,7 +76,7 @@ def _expand(given: str, outputs: OutputFilter) -> list[str]:
                 outputs.check(given)
             return [given]
         if is_remote(given):
-            names = _list_remote(files, path, is_folder)
+            names = _list_remote(files, path.rstrip("/"), given.rstrip("/"), is_folder)
         else:
             listed = list_folder(given) if is_folder else match_glob(given)[1]
             names = [str(file) for file in outputs.inputs(listed)]
@@ -97,19 +99,33 @@ def _read_list(files: Any, path: str, given: str) -> list[str]:
     return lines
 
 
-def _list_remote(files: Any, path: str, is_folder: bool) -> list[str]:
+def _list_remote(files: Any, path: str, given: str, is_folder: bool) -> list[str]:
     """List the addresses of the files below a folder, or those that match, without hidden ones."""
-    if is_folder:
-        # A folder that cannot be listed must not lose its images silently.
-        found = [
-            f"{folder}/{name}"
-            for folder, _, names in files.walk(path, on_error="raise")
-            for name in names
-            if "/." not in f"{folder}/{name}"[len(path.rstrip("/")) :]
-        ]
-    else:
-        found = files.glob(path)
-    return [files.unstrip_protocol(name) for name in sorted(found, key=lambda n: n.split("/"))]
+    from fsspec.utils import glob_translate
+
+    parts = path.split("/")
+    magic = [i for i, part in enumerate(parts) if glob.has_magic(part) and not is_folder]
+    fixed = magic[0] if magic else len(parts)
+    root = "/".join(parts[:fixed])
+    # The address as given: fsspec's own has neither the user nor the host of some stores.
+    prefix = given if is_folder else "/".join(given.split("/")[: fixed - len(parts)])
+    depth = math.inf if is_folder or "**" in path else len(parts) - fixed
+    matches = re.compile(".*" if is_folder else glob_translate(path)).match
+    found = [name for name in _files_below(files, root, depth) if matches(name)]
+    below = sorted((name[len(root) :].strip("/") for name in found), key=lambda n: n.split("/"))
+    return [f"{prefix}/{name}" for name in below]
+
+
+def _files_below(files: Any, folder: str, depth: float) -> Iterator[str]:
+    # Not walk(), which omits a folder below that cannot be listed, and so its images.
+    for entry in files.ls(folder, detail=True):
+        name = entry["name"].rstrip("/")
+        if name == folder or name.rpartition("/")[2].startswith("."):
+            continue
+        if entry["type"] != "directory":
+            yield name
+        elif depth > 1:
+            yield from _files_below(files, name, depth - 1)
 
 
 class RemoteSource(Source):

@@ -86,7 +86,8 @@ def evaluate(
         folder = run / "evaluation" / (evaluation.split or "val")
     options = {**vars(evaluation), "out": folder, **vars(detector)}
     if options.pop("tune"):
-        _tune(model, data, evaluation, detector, {**selection.given(), **suppression.given()})
+        given = {**selection.given(), **suppression.given()}
+        _tune(model, data, evaluation, detector, tiles, given)
     options |= {**selection.given(), **suppression.given(), **tiles.given()}
     with progress("evaluating") as update:
         metrics = evaluate_model_or_results(model, data, progress=update, **options)
@@ -113,6 +114,7 @@ def _tune(
     data: Path,
     evaluation: EvaluationOptions,
     detector: DetectorOptions,
+    tiles: TileOptions,
     other: dict[str, Any],
 ) -> None:
     """Choose post-processing settings and write them into the checkpoint."""
@@ -125,6 +127,7 @@ def _tune(
             "results file, --classes, --max-detections or options of NMS: leave them out"
         )
     options = {**vars(detector), "split": evaluation.split, "batch_size": evaluation.batch_size}
+    options |= tiles.given()
     with progress("tuning") as update:
         tuning = tune(model, data, progress=update, **options)
     folder = store_tuning(model, tuning)

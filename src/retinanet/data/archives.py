@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -82,8 +82,10 @@ def open_files(address: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = address.partition("://")[0]
+    # SFTP has no such cache, and hands every option to paramiko, which refuses it.
+    options = {} if scheme in ("sftp", "ssh") else {"use_listings_cache": False}
     try:
-        files, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+        files, path = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         if scheme == "hf":
             raise MissingExtraError("huggingface_hub", "hub") from None
@@ -220,19 +222,27 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
 
 def members_of(archive: str) -> Mapping[str, Member]:
     """Return the members of an archive by name, in its order; of a repeated name the last."""
-    stamp = None
-    if not is_remote(archive):
-        try:
-            stat = os.stat(archive)
-        except OSError as error:
-            raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
-        stamp = (stat.st_size, stat.st_mtime_ns)
-    return _members(archive, stamp)
+    if is_remote(archive):
+        return _remote_members(archive)
+    try:
+        stat = os.stat(archive)
+    except OSError as error:
+        raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
+    return _local_members(archive, (stat.st_size, stat.st_mtime_ns))
+
+
+@cache  # without a limit: it would be fetched whole again
+def _remote_members(archive: str) -> Mapping[str, Member]:
+    return _members(archive)
 
 
 @lru_cache(maxsize=256)
-def _members(archive: str, stamp: tuple[int, int] | None) -> Mapping[str, Member]:
-    """Read the headers of an archive; `stamp` changes with the file."""
+def _local_members(archive: str, stamp: tuple[int, int]) -> Mapping[str, Member]:
+    """Read the headers of a file; `stamp` changes with it."""
+    return _members(archive)
+
+
+def _members(archive: str) -> Mapping[str, Member]:
     try:
         with (
             _accessing(archive) as (files, path),

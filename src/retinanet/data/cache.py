@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from retinanet.data.cpus import free_memory
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import REDUCTIONS, reduction
 
@@ -173,7 +173,7 @@ def build_cache(
             folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free
         else:
-            free = psutil.virtual_memory().available
+            free = free_memory()
         capacity = int(free * _MAX_SHARE) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return ImageCache(max(file_numbers(dataset), default=-1) + 1, capacity, folder), None
     except OSError as error:

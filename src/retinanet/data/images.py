@@ -178,6 +178,8 @@ def _decode(
             complaint = str(error)  # Pillow decides whether the file is damaged
     if factor > 1:
         image.draft(None, (width // factor, height // factor))
+    if image.format == "TIFF":
+        image.filename = ""  # Pillow would map a turned one into memory by its upright size
     # Threads decode outside of the lock; only TIFF may warn here.
     with quiet() if image.format == "TIFF" else nullcontext():
         image.load()

@@ -10,8 +10,8 @@ import os
 import statistics
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import pairwise, product
@@ -42,7 +42,7 @@ Window = tuple[int, int, int, int]
 """x1, y1, x2, y2 in whole pixels of the upright image, within it."""
 
 CACHED_BYTES = 2**26
-"""Decoded tiles or strips of an image that are kept for the next window; at least one."""
+"""Decoded tiles or strips of an image that are kept for the next window; at least those of one."""
 
 _BAND_PIXELS = 2**20  # rows that are resized at a time have about as many
 _LEVEL_MARGIN = 2  # a pyramid level must have as many times the wanted size
@@ -315,8 +315,8 @@ class _TiffPage(Windows):
                 f"{name}: one of its strips or tiles has {self._rows * self._columns} pixels, over "
                 f"{2 * limit}; save it as a TIFF in tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
             )
-        size = self._rows * self._columns * self._samples * self._dtype.itemsize
-        self._decode = lru_cache(max(1, CACHED_BYTES // size))(self._decode_piece)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[tuple[int, int], npt.NDArray[Any]] = OrderedDict()
 
     def read(self, window: Window) -> Tensor:
         with image_errors(self._name):
@@ -345,15 +345,24 @@ class _TiffPage(Windows):
         rows = range(y1 // self._rows, -(-y2 // self._rows))
         columns = range(x1 // self._columns, -(-x2 // self._columns))
         values = np.empty((y2 - y1, x2 - x1, self._samples), self._dtype)
+        size = self._rows * self._columns * self._samples * self._dtype.itemsize
+        capacity = max(len(rows) * len(columns), CACHED_BYTES // size)
         for row, column in product(rows, columns):
-            piece = self._decode(row, column)
+            piece = self._cache.get((row, column))
+            if piece is None:
+                piece = self._decode(row, column)
+            with self._lock:
+                self._cache[row, column] = piece
+                self._cache.move_to_end((row, column))
+                while len(self._cache) > capacity:
+                    self._cache.popitem(last=False)
             top, left = row * self._rows, column * self._columns
             a, b = max(top, y1), min(top + self._rows, y2)
             c, d = max(left, x1), min(left + self._columns, x2)
             values[a - y1 : b - y1, c - x1 : d - x1] = piece[a - top : b - top, c - left : d - left]
         return values
 
-    def _decode_piece(self, row: int, column: int) -> npt.NDArray[Any]:
+    def _decode(self, row: int, column: int) -> npt.NDArray[Any]:
         """Decode a tile or strip."""
         planes, down, across = self._grid
         parts = []

@@ -140,10 +140,11 @@ def tune(
             f"post-processing of an exported file is fixed: {model}; tune the run that it was "
             "exported from, and export again"
         )
-    if choose_tiling(None, None, detector.image_size, detector.info)[0] is not None:
+    tiling = options.get("tile"), options.get("overlap")
+    if choose_tiling(*tiling, detector.image_size, detector.info)[0] is not None:
         raise ConfigError(
             f"post-processing is chosen on whole images, but the model was trained on tiles "
-            f"(data.tile): {model}; evaluate it without tuning"
+            f"(data.tile), or a tile is given: {model}; evaluate it without tuning"
         )
     dataset = read_eval_dataset(data, split, info=detector.info)
     if not any(image.has_object for image in dataset.images):

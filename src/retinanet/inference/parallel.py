@@ -58,6 +58,7 @@ def map_ahead(
     items = iter(items)
     for first in islice(items, 1):
         yield call(first)
+        del first  # it may be a huge image
     pending: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers, "map", initializer=use_cores, initargs=(cores,)) as pool:
         try:

@@ -59,6 +59,11 @@ _SIGNS = {
 # Names of detectron2's buffers, whose values are read before.
 _BUFFERS = re.compile(r"pixel_mean|pixel_std|anchor_generator\..*|.*num_batches_tracked")
 
+# Our names of what tells the network and its input.
+_NEEDED = (
+    *("backbone.conv1.weight", "backbone.bn1.running_var", "pyramid.lateral.0.weight"),
+    *("pyramid.p6.weight", "class_head.last.bias", "box_head.last.bias"),
+)
 # Names there and here. In older files of torchvision a block is one module less deep.
 _TORCHVISION = (
     (r"backbone\.body\.(.+)", r"backbone.\1"),
@@ -270,11 +275,11 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     conv2 = state.get("backbone.layer1.0.conv2.weight", torch.empty(0, 0))
     kind = (tuple(depths[f"layer{i}"] for i in range(1, 5)), convolutions, conv2.shape[1])
     backbone = _RESNETS.get(kind)
-    needed = ("pyramid.lateral.0.weight", "pyramid.p6.weight", "box_head.last.bias")
-    if backbone is None or any(name not in state for name in needed):
+    missing = [name for name in _NEEDED if name not in state]
+    if backbone is None or missing:
         raise WeightsError(
-            f"{where}: no RetinaNet on {', '.join(_RESNETS.values())}: blocks "
-            f"{kind[0]}, {kind[2]} channels per group"
+            f"{where}: no RetinaNet on {', '.join(_RESNETS.values())}: blocks {kind[0]}, "
+            f"{kind[2]} channels per group; missing: {', '.join(missing) or 'nothing'}"
         )
     per_cell = state["box_head.last.bias"].numel() // 4
     if per_cell != 9:

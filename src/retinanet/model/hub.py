@@ -86,6 +86,7 @@ def raise_hub_error(
     hub = constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", None)
     token = "hf auth login, or HF_TOKEN"
+    uncached = "" if pushing else "it is not in the cache, and "
     # httpx's errors are not OSErrors.
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     is_of_the_network = isinstance(error, ConnectionError | TimeoutError) or any(
@@ -98,11 +99,11 @@ def raise_hub_error(
     elif isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         why = f"it is not on {hub}, or is private and needs a token ({token})"
     elif isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-        why = "it is not in the cache, and HF_HUB_OFFLINE is set"
+        why = f"{uncached}HF_HUB_OFFLINE is set"
     elif status is None and (
         is_of_the_network or isinstance(error, errors.LocalEntryNotFoundError)
     ):
-        why = f"{hub} is not reached, and it is not in the cache"
+        why = f"{uncached}{hub} is not reached"
     else:
         lines = (line.strip() for line in str(error).splitlines())
         why = next((line for line in lines if line), type(error).__name__)

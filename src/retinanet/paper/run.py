@@ -193,6 +193,8 @@ class _Worker:
         elif code < 0:
             memory = " (out of memory?)" if code == -signal.SIGKILL else ""
             reason = f"killed by {signal.Signals(-code).name}{memory}"
+        elif code in (130, 143):
+            reason = f"stopped by {signal.Signals(code - 128).name}"
         else:
             reason = lines[-1] if lines else f"exit code {code}"
         return f"{reason}; see {self._log}"

@@ -133,9 +133,9 @@ class Trainer:
     def _apply_extension(self) -> None:
         """Let the settings be those of the extension, if there is one."""
         if self.progress.extensions:
-            warmup = short_warmup(self._settings, self.progress.extensions[-1]["steps"])
-            changes = {"warmup_steps": warmup, "time": None}
-            self._settings = self._settings.model_copy(update=changes)
+            settings = self.task.settings.recipe.train
+            warmup = short_warmup(settings, self.progress.extensions[-1]["steps"])
+            self._settings = settings.model_copy(update={"warmup_steps": warmup, "time": None})
 
     def fit(self, started: float, stop_requested: Callable[[], bool] = lambda: False) -> int:
         """Train until the last step, early stopping, a signal or a request.

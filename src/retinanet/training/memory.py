@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import psutil
 import torch
 from torch import Tensor
 
+from retinanet.data.cpus import free_memory
 from retinanet.errors import ConfigError
 from retinanet.structures import Batch, pad_targets
 from retinanet.training.task import TaskSettings
@@ -65,7 +65,7 @@ def fit_memory(settings: TaskSettings, try_step: TryStep) -> int:
     images = count
     if settings.accelerator.device.type == "cpu":
         # A CPU gets more than it has, and the system ends the process when it is used.
-        free = _SHARE * psutil.virtual_memory().available
+        free = _SHARE * free_memory()
         images = int(free / _bytes_per_image(settings, try_step))
     candidates = (n for n in divisors(count) if count // n <= images)
     parts = next((n for n in candidates if _fits(settings, n, try_step)), None)

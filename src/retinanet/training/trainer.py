@@ -108,7 +108,7 @@ def train(
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
     if more_epochs is not None:
-        if not more_epochs > 0:
+        if not 0 < more_epochs < math.inf:
             raise ConfigError(f"--more-epochs (more_epochs) {more_epochs:g}: give more than 0")
         recipe = RunFolder(out).recipe_to_extend(recipe)
     import_own(recipe.own_parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -341,10 +340,11 @@ def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
         return f"{source}: there is no such file or folder"
     if path.is_dir():
         return f"{source}: is a folder, not a video"
-    if not os.access(path, os.R_OK):
-        return f"{source}: cannot be read: {reason}"
-    with path.open("rb") as file:
-        start = file.read(12)
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError as unreadable:
+        return f"{source}: cannot be read: {unreadable.strerror}"
     if not start:
         return f"{source}: is empty"
     if start[4:8] == b"ftyp":

@@ -134,7 +134,7 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
         try:
             listed, _ = json.JSONDecoder().raw_decode(text.decode("utf-8", errors="replace"))
             return _categories_by_id(file, listed)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     return _categories_by_id(file, _load(file)["categories"])
 

@@ -15,6 +15,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, count, cycle, islice
@@ -766,7 +767,7 @@ def _to_pixels(item: Annotation, width: int, height: int, decimals: int) -> Anno
 
     x1, y1, x2, y2 = scaled(item.box)
     extra = item.extra
-    if JSON_TEXT in extra:
+    with suppress(TypeError, ValueError, KeyError):  # no polygons, but RLE, or broken
         points = list(map(scaled, json.loads(extra[JSON_TEXT])))
         extra = {**extra, JSON_TEXT: to_text(points)}
     return replace(item, box=(x1, y1, x2, y2), extra=extra)

@@ -27,7 +27,8 @@ _VISDRONE_CLASSES = (
     *("ignored regions", "pedestrian", "people", "bicycle", "car", "van", "truck", "tricycle"),
     *("awning-tricycle", "bus", "motor", "others"),
 )
-_REGIONS = ("DontCare", "ignored regions", "others")  # no class; they are ignored
+# Of no class; they are ignored.
+_REGIONS = {"kitti": ("DontCare",), "visdrone": ("ignored regions", "others"), "dota": ()}
 
 Row = tuple[str, Box | None, bool]
 """Class, box, and whether the object is ignored, of a row."""
@@ -83,7 +84,7 @@ def parse(file: Path, *, format: str, split: str | None = None) -> LabelFile:
         if box is None:
             reason = f"row {number + 1} ({cut(line, 60)}) is no row of {format}"
             parsed.report("label-unreadable", number, reason)
-        elif format != "dota" and name in _REGIONS:
+        elif name in _REGIONS[format]:
             regions.append(Annotation(box, 0, number, crowd=True))
         else:
             parsed.add(image, number, name, box, line, {"difficult": is_ignored})
