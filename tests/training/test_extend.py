@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_extension_has_a_schedule_of_its_own_and_resumes(
     ("arguments", "message"),
     [
         ({"more_epochs": 0}, "--more-epochs .more_epochs. 0: give more than 0"),
-        ({"more_epochs": math.inf}, "--more-epochs .more_epochs. inf: give more than 0"),
+        ({"more_epochs": 1e300}, "1e.300: give more than 0 and at most 1,000,000"),
         ({"more_epochs": 1, "lr": 0.5}, r"trained with train.lr = .*not 0.5.*give --init"),
     ],
 )
@@ -85,6 +85,16 @@ def test_extensions_that_are_impossible_say_why(
         rn.train("data", out=finished[0].folder, **arguments)
     with pytest.raises(rn.ConfigError, match="contains no run to extend"):
         rn.train("data", out="no-such-run", more_epochs=1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_run_json_is_an_error(
+    finished: tuple[trainer.Run, list[Event]], tiny_data: Path, tmp_path: Path, text: str
+) -> None:
+    run = shutil.copytree(finished[0].folder, tmp_path / "run")
+    (run / "run.json").write_text(text)
+    with pytest.raises(rn.ConfigError, match=r"run\.json (cannot be read|is not an object)"):
+        trainer.train(load_recipe(run / "config.toml"), tiny_data, run, device="cpu")
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class RunFolder:
         """Return the data of the run, where they are files; None: there is no run."""
         if not self.info.is_file():
             return None
-        data = Path(json.loads(self.info.read_text("utf-8")).get("data", ""))
+        data = Path(str(self._read_info().get("data", "")))
         if not data.exists():
             raise ConfigError(f"{self.path} was trained on {data}, which is not here: name DATA")
         return data
@@ -175,14 +175,23 @@ class RunFolder:
                 )
         return stored.override(free)
 
+    def _read_info(self) -> dict[str, Any]:
+        try:
+            stored = json.loads(self.info.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.info} cannot be read ({error}); give another --out") from None
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{self.info} is not an object of JSON; give another --out")
+        return stored
+
     def update_info(self, values: Mapping[str, Any]) -> None:
         """Add entries to ``run.json``."""
-        stored = json.loads(self.info.read_text("utf-8"))
+        stored = self._read_info()
         write_atomic(self.info, json.dumps(stored | dict(values), indent=1) + "\n")
 
     def check_same(self, recipe: Recipe, digest: str, rival: str | None = None) -> None:
         """Reject a run of another detector, with other settings or on other data."""
-        stored = json.loads(self.info.read_text("utf-8"))
+        stored = self._read_info()
         if stored.get("rival") != rival:
             raise ConfigError(
                 f"{self.path} contains a run of {stored.get('rival') or 'RetinaNet'}, and now it "

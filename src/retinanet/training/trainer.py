@@ -57,6 +57,10 @@ from retinanet.training.time_limit import (
 MakeTask = Callable[[TaskSettings], TrainingTask]
 
 
+MAX_EPOCHS = 1_000_000
+"""Of an extension; more is a slip."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """The result of a training.
@@ -108,8 +112,11 @@ def train(
     if init is not None:
         recipe = recipe.override({"train.init": str(init)})
     if more_epochs is not None:
-        if not 0 < more_epochs < math.inf:
-            raise ConfigError(f"--more-epochs (more_epochs) {more_epochs:g}: give more than 0")
+        if not 0 < more_epochs <= MAX_EPOCHS:
+            raise ConfigError(
+                f"--more-epochs (more_epochs) {more_epochs:g}: give more than 0 and at most "
+                f"{MAX_EPOCHS:,}"
+            )
         recipe = RunFolder(out).recipe_to_extend(recipe)
     import_own(recipe.own_parts)
     start = follow_checkpoint(recipe, Path(out))
