@@ -301,6 +301,7 @@ def test_uploads_are_limited_and_can_be_cancelled(open_page: OpenPage, draw: Dra
     page.locator(".thumb").last.click()
     page.evaluate("() => window.releases[0]()")
     page.wait_for_function("() => window.releases.length === 4")
+    page.wait_for_selector(".thumb[data-status=done]")
     assert driver.states()[0] == "1"
     assert driver.states()[7] == "detecting"
     page.click("#cancel")
