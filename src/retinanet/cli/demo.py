@@ -50,7 +50,7 @@ class DemoOptions(DeviceOptions):
 def demo(options: DemoOptions, *, json: Json = False) -> None:
     """Train with the focal loss and with cross entropy on synthetic images, and compare.
 
-    Needs neither data nor the internet, and under four minutes on two processor cores.
+    Needs neither data nor the internet, and under five minutes on two processor cores.
     """
     start = time.monotonic()
     out = options.out
