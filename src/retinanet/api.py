@@ -80,9 +80,16 @@ def train(
             "settings and keywords cannot override a built recipe; pass them to load_recipe"
         )
     data = _by_split(data, classes)
-    options: dict[str, Any] = {"on_event": on_event, "started": started}
-    options["more_epochs"] = more_epochs
-    return train_by_recipe(recipe, data, out, device=device, init=init, **options)
+    return train_by_recipe(
+        recipe,
+        data,
+        out,
+        device=device,
+        init=init,
+        on_event=on_event,
+        started=started,
+        more_epochs=more_epochs,
+    )
 
 
 def _by_split(data: Any, classes: Sequence[str] | None) -> Any:

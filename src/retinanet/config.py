@@ -496,7 +496,14 @@ class Recipe(_Section):
         return key in getattr(self, section).model_fields_set
 
     def override(self, values: Mapping[str, Any]) -> Recipe:
-        """Return a recipe with settings replaced, which are stated from then on."""
+        """Return a recipe with settings replaced, which are stated from then on.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
         settings = self.model_dump()
         for key, value in values.items():
             _override(settings, key, value)
@@ -510,7 +517,14 @@ class Recipe(_Section):
         return _with_stated(build_recipe(settings), stated)
 
     def choose(self, values: Mapping[str, Any]) -> Recipe:
-        """Return a recipe with settings replaced that are not stated more than before."""
+        """Return a recipe with settings replaced that are not stated more than before.
+
+        Args:
+            values: by ``section.key``.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+        """
         return _with_stated(self.override(values), filter(self.states, setting_names()))
 
 
@@ -636,7 +650,11 @@ def _with_stated(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpec:
-    """Return a spec with settings replaced."""
+    """Return a spec with settings replaced.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
+    """
     values = {} if spec is None else spec.model_dump()
     given = {name: _plain(value) for name, value in settings.items()}
     try:
@@ -646,7 +664,11 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
 
 
 def build_loss_settings(**settings: Any) -> LossSettings:
-    """Return the paper's loss settings with some replaced."""
+    """Return the paper's loss settings with some replaced.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is given), a wrong type or a value out of range.
+    """
     try:
         return LossSettings.model_validate(settings)
     except ValidationError as error:
