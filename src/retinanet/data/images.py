@@ -102,7 +102,7 @@ def read_image(source: ImageSource, *, value_range: ValueRange | None = None) ->
 def read_reduced(
     source: ImageSource, shorter: int, longest: int, *, value_range: ValueRange | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """As :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
+    """Read an image as :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size: the largest of these
     reductions at which it stays twice its :func:`network_size` (of the sides `shorter`, at most
@@ -111,6 +111,9 @@ def read_reduced(
 
     Returns: (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
         given to :func:`resize_to`.
+
+    Raises:
+        ImageError, ConfigError: as :func:`read_image`.
     """
     return _read(source, (shorter, longest), value_range)
 
@@ -409,8 +412,10 @@ def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.ND
 def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
     """Return the range of floats or wide integers, by the rules of :func:`read_image`.
 
-    None for types with a range of their own (booleans, unsigned 8 and 16 bits); an ambiguous range
-    is an ImageError.
+    None for types with a range of their own (booleans, unsigned 8 and 16 bits).
+
+    Raises:
+        ImageError: the range is ambiguous.
     """
     array = _as_array(source)
     if array.dtype == np.bool_ or (array.dtype.kind == "u" and array.dtype.itemsize <= 2):

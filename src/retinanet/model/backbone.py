@@ -459,6 +459,7 @@ class BackboneWeights(NamedTuple):
     pixel_std: tuple[float, float, float] | None = None
     stride_padding: str | None = None
     keep_frozen: bool = False
+    timm: str | None = None
 
 
 def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
@@ -524,13 +525,38 @@ def load_backbone(backbone: Backbone, weights: BackboneWeights) -> None:
     wanted = inner.state_dict()
     state = _without_classifier(weights.state, wanted)
     if misfits := _misfits(wanted, state):
-        with torch.device("meta"):
-            others = {name: build_backbone(name, norm="trained").state_dict() for name in BACKBONES}
-        for name, other in others.items():
-            if not _misfits(other, _without_classifier(weights.state, other)):
-                misfits = f"they are those of {name}: set model.backbone={name}"
+        if (name := _backbone_of(weights)) and not isinstance(backbone, Timm):
+            misfits = f"they are those of {name}: set model.backbone={name}"
         raise WeightsError(f"backbone weights {weights.source} do not fit the network: {misfits}")
     inner.load_state_dict(state, strict=False)
+
+
+def backbone_of(weights: str) -> str | None:
+    """Return the backbone that weights are of; None: they do not determine it.
+
+    A file is of the network whose tensors it has, or of timm's that its metadata name as
+    ``layout``; an entry of torchvision is of that in its name, as in ResNet50_Weights.IMAGENET1K_V2.
+
+    Raises:
+        WeightsError: the file does not exist or contains no tensors.
+    """
+    if weights in ("default", "none"):
+        return None
+    if entry := _ENTRY.fullmatch(weights):
+        name = (entry["kind"] or "").removesuffix("_Weights").lower()
+        return name if name in BACKBONES else None
+    return _backbone_of(_read_weights(Path(weights)))
+
+
+def _backbone_of(weights: BackboneWeights) -> str | None:
+    if weights.timm:
+        return f"timm/{weights.timm}"
+    with torch.device("meta"):
+        for name in BACKBONES:
+            wanted = build_backbone(name, norm="trained").state_dict()
+            if not _misfits(wanted, _without_classifier(weights.state, wanted)):
+                return name
+    return None
 
 
 def _without_classifier(
@@ -572,6 +598,7 @@ def _read_weights(file: Path) -> BackboneWeights:
     where = f"backbone weights {file}"
     content = read_tensors(file, where, f"; {CHOICES}")
     mean, std = _stated_input(content.metadata.get("input", ""), where)
+    timm = re.match(r"timm[ /]([\w.]+)", content.metadata.get("layout", ""))
     return BackboneWeights(
         content.state,
         str(file),
@@ -579,6 +606,7 @@ def _read_weights(file: Path) -> BackboneWeights:
         std,
         "same" if re.search(r"\bSAME\b", content.metadata.get("padding", "")) else None,
         "frozen" in content.metadata.get("batch_norm", ""),
+        timm[1] if timm else None,
     )
 
 

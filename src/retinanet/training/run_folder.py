@@ -154,9 +154,18 @@ class RunFolder:
         """Return the data of the run, where they are files; None: there is no run."""
         if not self.info.is_file():
             return None
-        data = Path(str(self._read_info().get("data", "")))
+        info = self._read_info()
+        if info.get("format") == "memory":
+            raise ConfigError(
+                f"{self.path} was trained on data in memory, which no command can read: resume or "
+                f"extend it in Python, rn.train(data, out={str(self.path)!r}, more_epochs=..)"
+            )
+        data = Path(str(info.get("data", "")))
         if not data.exists():
-            raise ConfigError(f"{self.path} was trained on {data}, which is not here: name DATA")
+            raise ConfigError(
+                f"{self.path} was trained on {data}, which does not exist; give DATA, the folder "
+                "or file where these data are now"
+            )
         return data
 
     def recipe_to_extend(self, recipe: Recipe) -> Recipe:
