@@ -535,7 +535,7 @@ def backbone_of(weights: str) -> str | None:
     """Return the backbone that weights are of; None: they do not determine it.
 
     A file is of the network whose tensors it has, or of timm's that its metadata name as
-    ``layout``; an entry of torchvision is of that in its name, as in ResNet50_Weights.IMAGENET1K_V2.
+    ``layout``; an entry of torchvision is of that in its name (ResNet50_Weights.IMAGENET1K_V2).
 
     Raises:
         WeightsError: the file does not exist or contains no tensors.
