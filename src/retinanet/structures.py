@@ -68,12 +68,20 @@ class Targets:
         )
 
 
-def pad_targets(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
-    """Pad boxes (M_i, 4) and labels (M_i,) of each image to :class:`Targets`."""
+def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Targets:
+    """Pad boxes (M_i, 4) and labels (M_i,) of each image to :class:`Targets`.
+
+    Raises:
+        ValueError: images, boxes and labels differ in number.
+    """
+    if len(boxes) != len(labels):
+        raise ValueError(f"boxes of {len(boxes)} images, and labels of {len(labels)}")
     objects = max(map(len, labels), default=0)
     padded_boxes = torch.zeros(len(labels), objects, 4, dtype=torch.float32)
     padded_labels = torch.full((len(labels), objects), BACKGROUND, dtype=torch.int64)
     for i, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+        if len(image_boxes) != len(image_labels):  # one box would be broadcast
+            raise ValueError(f"image {i}: {len(image_boxes)} boxes, {len(image_labels)} labels")
         padded_boxes[i, : len(image_labels)] = image_boxes
         padded_labels[i, : len(image_labels)] = image_labels
     return Targets(padded_boxes, padded_labels)

@@ -509,7 +509,7 @@ def test_faulty_user_transform(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("darken", "data.transform=darken is not a function; give MODULE:FUNCTION"),
+        ("darken", "data.transform=darken is not a function at the top"),
         ("test_augment:COLOURS", "is not a function"),
         ("test_augment:nothing", "data.transform=test_augment:nothing: the transform cannot be im"),
         ("no_such_module:f", "the transform cannot be imported: No module"),

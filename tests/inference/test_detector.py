@@ -439,3 +439,9 @@ def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
         assert len(alone) == len(joined) > 10
         torch.testing.assert_close(alone.scores, joined.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(alone.boxes, joined.boxes, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Identity()])
+def test_load_of_what_is_no_name_is_an_error(model: Any) -> None:
+    with pytest.raises(WeightsError, match=r"loaded by its path or name, got (NoneType|Identity)"):
+        load(model)

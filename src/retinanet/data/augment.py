@@ -280,6 +280,7 @@ def user_transform(config: DataConfig, num_classes: int) -> UserTransform | None
         raise ConfigError(f"data.transform={error}") from None
     if not callable(function):
         raise ConfigError(
-            f"data.transform={config.transform} is not a function; give MODULE:FUNCTION"
+            f"data.transform={config.transform} is not a function at the top level of a module; "
+            "give MODULE:FUNCTION"
         )
     return UserTransform(config.transform, function, num_classes)

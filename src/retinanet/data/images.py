@@ -430,8 +430,8 @@ def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
     if is_float and low >= -255 * _OVERSHOOT and 255 * _OVERSHOOT <= high <= 255 + 255 * _OVERSHOOT:
         return 0, 255
     raise ImageError(
-        f"ambiguous value range: {array.dtype} values from {low:.6g} to {high:.6g}; state the "
-        f"range, as in value_range=(0, 1), (0, 255) or (0, 65535)"
+        f"ambiguous value range: {array.dtype} values from {low:.6g} to {high:.6g}; give "
+        f"uint8, or state the range, as in value_range=(0, 1), (0, 255) or (0, 65535)"
     )
 
 
@@ -451,7 +451,10 @@ def as_file(image: ImageSource, name: str) -> Path:
     """
     if isinstance(image, str | os.PathLike):
         return Path(image)
-    pixels = np.ascontiguousarray(read_image(image).permute(1, 2, 0).numpy())
+    try:
+        pixels = np.ascontiguousarray(read_image(image).permute(1, 2, 0).numpy())
+    except ImageError as error:
+        raise ImageError(f"image {name}: {error}") from None
     # By its content: the same data has the same names, on which drawn splits and digests depend.
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]
     file = _temporary_folder() / f"{name}-{digest}.png"

@@ -29,7 +29,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
         backend = torch.get_device_module(device.type)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         hint = nearest(str(name), ("auto", "cpu", "cuda", "mps"))
         raise ConfigError(
             f"device {str(name)!r} is not one of auto, cpu, cuda, cuda:1, mps{hint}"

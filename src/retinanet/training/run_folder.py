@@ -229,6 +229,8 @@ class RunFolder:
 
     def _check_empty(self) -> None:
         # A run killed before its first state leaves these, and drafts: starting over is right.
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; give a folder as --out")
         own = {path.name for path in (self.config, self.info, self.log, self.unreadable)}
         present = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         others = sorted(

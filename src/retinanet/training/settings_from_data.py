@@ -253,7 +253,7 @@ def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
     weights = recipe.model.backbone_weights
     if not recipe.states("model.backbone"):
         if name := backbone_of(weights):
-            yield Choice("model.backbone", name, f"model.backbone_weights {weights} are of it")
+            yield Choice("model.backbone", name, "model.backbone_weights are weights of it")
         elif not context.on_gpu and weights in ("default", "none"):
             reason = "no GPU: under a tenth of ResNet-50's work"
             yield Choice("model.backbone", "mobilenet_v2", reason)
