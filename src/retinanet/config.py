@@ -596,6 +596,11 @@ def keyword_settings(
         section, key = own[name].split(".")
         if value is None and not _may_be_none(_sections()[section], key):
             continue  # as if it were not given
+        if name == "transform" and hasattr(value, "forward"):
+            raise ConfigError(
+                f"transform is the name of the {type(value).__name__} at the top level of a "
+                'module, "my_code:NAME": processes that load images, and a resumed run, import it'
+            )
         pairs[own[name]] = _plain(value)
     if pairs.get("train.epochs") is not None:
         pairs = {**EXACT_EPOCHS, **pairs}

@@ -178,7 +178,7 @@ class Detections:
         """Return an object, as iteration does, or select some.
 
         Args:
-            index: a position; or a slice, a mask (N,), indices, or a class name.
+            index: a position; or a slice, a mask (N,), indices, or a class name or several.
 
         Raises:
             KeyError: there is no class of that name, or the class names are unknown.
@@ -187,8 +187,10 @@ class Detections:
         if isinstance(index, int) or (hasattr(index, "ndim") and index.ndim == 0):  # NumPy's, too
             index = int(index)
             return self.boxes[index], float(self.scores[index]), int(self.labels[index])
-        if isinstance(index, str):
-            index = torch.isin(self.labels, self.labels.new_tensor(self._labels_of(index)))
+        names = [index] if isinstance(index, str) else index
+        if isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names):
+            labels = [label for name in names for label in self._labels_of(name)]
+            index = torch.isin(self.labels, self.labels.new_tensor(labels))
         elif not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.scores.device)
             index = index if len(index) else index.long()
@@ -229,7 +231,8 @@ class Detections:
         named = ", ".join(f"{count} {name}" for name, count in counts[:_SHOWN_CLASSES])
         more = f", {len(counts) - _SHOWN_CLASSES} more classes" * (len(counts) > _SHOWN_CLASSES)
         low, high = self.scores.min(), self.scores.max()
-        return f"{len(self)} objects: {named}{more}; scores {low:.2f} to {high:.2f}"
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        return f"{objects}: {named}{more}; scores {low:.2f} to {high:.2f}"
 
     def __str__(self) -> str:
         lines = [repr(self)]

@@ -55,6 +55,11 @@ def test_detect_boxes_are_in_pixels_of_the_original_image(
     assert (score, label) == (float(found.scores[0]), 0)
 
 
+def test_detector_is_printed_and_called(detector: Detector, square: Pixels) -> None:
+    assert repr(detector).startswith("Detector(white, bright; images of 64 px; torch on cpu, floa")
+    assert torch.equal(one(detector(square)).boxes, one(detector.detect(square)).boxes)
+
+
 def test_detect_with_value_range_scales_pixels_of_other_ranges(
     detector: Detector, square: Pixels, tmp_path: Path
 ) -> None:

@@ -180,6 +180,11 @@ class Detector:
             calibration=None if calibrate is None else self._calibration(calibrate),
         )
 
+    def __repr__(self) -> str:
+        more = len(self.classes) - 5
+        names = ", ".join(self.classes[:5]) + (f" and {more} more" if more > 0 else "")
+        return f"Detector({names}; images of {self.image_size} px; {self.network.description})"
+
     def detect(
         self,
         source: Any,
@@ -224,6 +229,8 @@ class Detector:
                 raise result.error
             found.append(result)
         return found[0] if is_single(source) else found
+
+    __call__ = detect
 
     def stream(
         self,

@@ -36,6 +36,7 @@ from retinanet.model.blocks import (
 )
 from retinanet.model.weight_files import read_tensors
 from retinanet.own import find_module
+from retinanet.structures import is_eager
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -207,7 +208,18 @@ class OwnBackbone(Backbone):
         if len(maps) != self.count:
             raise ValueError(f"the backbone returned {len(maps)} maps for {self.count} strides")
         two, three, four, five = self.indices
-        return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+        found = maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+        for x, channels, stride in zip(found, self.channels, (4, 8, 16, 32), strict=True):
+            if x is None or not is_eager():  # a traced graph may have no fixed sides
+                continue
+            sides = [images.shape[2] // stride, images.shape[3] // stride]
+            if [*x.shape[1:]] != [channels, *sides]:
+                raise ValueError(
+                    f"the backbone returned a map {tuple(x.shape)} for {channels} channels and "
+                    f"stride {stride} of images {tuple(images.shape)}; correct its attributes "
+                    "channels and strides, or its forward"
+                )
+        return found
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """Raise ConfigError: the stages of the module are unknown."""
@@ -298,7 +310,11 @@ def build_backbone(
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
     if is_own(name):
-        net = find_module("backbone", name)()
+        kind = find_module("backbone", name)
+        try:
+            net = kind()
+        except TypeError as error:
+            raise ConfigError(f"backbone {name!r} is built without arguments: {error}") from None
         backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()
