@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -276,6 +277,7 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         pace,
         elapsed + seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
+        objects_per_image=mean(len(image.annotations) for image in train_set.images),
         max_side=max_image_size(train_set),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
     )
