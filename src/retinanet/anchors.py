@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -41,7 +42,10 @@ class AnchorSpec:
     def __post_init__(self) -> None:
         for name in ("sizes", "strides", "scales", "aspect_ratios"):
             numbers = getattr(self, name)
-            if not numbers or not all(number > 0 and math.isfinite(number) for number in numbers):
+            is_valid = all(
+                isinstance(n, SupportsFloat) and 0 < float(n) < math.inf for n in numbers
+            )
+            if not numbers or not is_valid:
                 raise ValueError(f"anchor {name} must be one or more numbers over 0, got {numbers}")
         if len(self.sizes) != len(self.strides):
             raise ValueError(

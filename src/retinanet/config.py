@@ -79,8 +79,8 @@ _OTHER_NAMES = {
     "data.balance_threshold": ("repeat_threshold", "oversample_thr"),
     "data.tile": ("tile_size", "slice_size", "slice_height", "slice_width", "patch_size"),
     "data.tile_overlap": ("overlap_height_ratio", "overlap_width_ratio"),
-    "model.backbone": ("arch", "depth", "weights"),
-    "model.backbone_weights": ("pretrained", "weights_backbone"),
+    "model.backbone": ("arch", "depth"),
+    "model.backbone_weights": ("pretrained", "weights_backbone", "weights"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
     "anchors.sizes": ("anchor_sizes", "anchor_size"),
     "anchors.aspect_ratios": ("ratios", "anchor_ratios"),
@@ -597,6 +597,11 @@ def keyword_settings(
         section, key = own[name].split(".")
         if value is None and not _may_be_none(_sections()[section], key):
             continue  # as if it were not given
+        if name == "transform" and hasattr(value, "forward"):
+            raise ConfigError(
+                f"transform is the name of the {type(value).__name__} at the top level of a "
+                'module, "my_code:NAME": processes that load images, and a resumed run, import it'
+            )
         pairs[own[name]] = _plain(value)
     if pairs.get("train.epochs") is not None:
         pairs = {**EXACT_EPOCHS, **pairs}
@@ -658,6 +663,8 @@ def build_model_spec(spec: ModelSpec | None = None, **settings: Any) -> ModelSpe
     """
     values = {} if spec is None else spec.model_dump()
     given = {name: _plain(value) for name, value in settings.items()}
+    if given.get("backbone_weights", "") is None:
+        raise ConfigError('backbone_weights is None: give "none" (random) or "default" (ImageNet)')
     try:
         return ModelSpec.model_validate(values | given)
     except ValidationError as error:

@@ -55,10 +55,15 @@ def match_anchors(
         (B, R) int64: index 0..M-1 of the object in `targets`, BACKGROUND, or IGNORED.
 
     Raises:
-        ValueError: shapes do not fit, or not 0 < background_iou <= foreground_iou <= 1.
+        ValueError: types or shapes do not fit, or not 0 < background_iou <= foreground_iou <= 1.
 
     Differs: torchvision, for an object that no anchor overlaps, counts all anchors as its best.
     """
+    if not isinstance(targets, Targets):
+        raise ValueError(
+            f"targets are Targets, got {type(targets).__name__}: "
+            "give retinanet.pad_targets([boxes, ..], [labels, ..]), a tensor per image each"
+        )
     boxes, labels = targets.boxes, targets.labels
     if anchors.dim() != 2 or anchors.shape[-1] != 4:
         raise ValueError(f"anchors are (R, 4), got {tuple(anchors.shape)}")

@@ -68,12 +68,20 @@ class Targets:
         )
 
 
-def pad_targets(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
-    """Pad boxes (M_i, 4) and labels (M_i,) of each image to :class:`Targets`."""
+def pad_targets(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Targets:
+    """Pad boxes (M_i, 4) and labels (M_i,) of each image to :class:`Targets`.
+
+    Raises:
+        ValueError: images, boxes and labels differ in number.
+    """
+    if len(boxes) != len(labels):
+        raise ValueError(f"boxes of {len(boxes)} images, and labels of {len(labels)}")
     objects = max(map(len, labels), default=0)
     padded_boxes = torch.zeros(len(labels), objects, 4, dtype=torch.float32)
     padded_labels = torch.full((len(labels), objects), BACKGROUND, dtype=torch.int64)
     for i, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
+        if len(image_boxes) != len(image_labels):  # one box would be broadcast
+            raise ValueError(f"image {i}: {len(image_boxes)} boxes, {len(image_labels)} labels")
         padded_boxes[i, : len(image_labels)] = image_boxes
         padded_labels[i, : len(image_labels)] = image_labels
     return Targets(padded_boxes, padded_labels)
@@ -170,7 +178,7 @@ class Detections:
         """Return an object, as iteration does, or select some.
 
         Args:
-            index: a position; or a slice, a mask (N,), indices, or a class name.
+            index: a position; or a slice, a mask (N,), indices, or a class name or several.
 
         Raises:
             KeyError: there is no class of that name, or the class names are unknown.
@@ -179,8 +187,10 @@ class Detections:
         if isinstance(index, int) or (hasattr(index, "ndim") and index.ndim == 0):  # NumPy's, too
             index = int(index)
             return self.boxes[index], float(self.scores[index]), int(self.labels[index])
-        if isinstance(index, str):
-            index = torch.isin(self.labels, self.labels.new_tensor(self._labels_of(index)))
+        names = [index] if isinstance(index, str) else index
+        if isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names):
+            labels = [label for name in names for label in self._labels_of(name)]
+            index = torch.isin(self.labels, self.labels.new_tensor(labels))
         elif not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.scores.device)
             index = index if len(index) else index.long()
@@ -221,7 +231,8 @@ class Detections:
         named = ", ".join(f"{count} {name}" for name, count in counts[:_SHOWN_CLASSES])
         more = f", {len(counts) - _SHOWN_CLASSES} more classes" * (len(counts) > _SHOWN_CLASSES)
         low, high = self.scores.min(), self.scores.max()
-        return f"{len(self)} objects: {named}{more}; scores {low:.2f} to {high:.2f}"
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        return f"{objects}: {named}{more}; scores {low:.2f} to {high:.2f}"
 
     def __str__(self) -> str:
         lines = [repr(self)]

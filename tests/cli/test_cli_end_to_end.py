@@ -146,10 +146,19 @@ def test_train_again_is_finished(cli: Cli, tiny_sets: dict[str, Path], tiny_run:
     assert "train.steps = 2" in ended.err
 
 
-def test_train_without_the_data_of_the_run_is_an_error(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"data": "gone"}')
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"data": "gone"}, "was trained on gone, which does not exist; give DATA"),
+        ({"data": "memory", "format": "memory"}, "on data in memory, which no command can read"),
+    ],
+)
+def test_train_without_the_data_of_the_run_is_an_error(
+    info: dict[str, str], message: str, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(info))
     ended = cli("train", f"--out={tmp_path}")
-    assert (ended.code, "was trained on gone, which is not here" in ended.err) == (2, True)
+    assert (ended.code, message in ended.err) == (2, True)
 
 
 def test_train_from_another_network_with_a_class_map_into_the_default_folder(

@@ -9,6 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from retinanet.anchors import (
+    AnchorSpec,
     anchor_spec,
     default_anchor_spec,
     feature_sizes,
@@ -132,6 +133,11 @@ def test_anchors_made_in_inference_mode_can_be_trained_with() -> None:
 def test_impossible_anchors(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         anchor_spec(**arguments)
+
+
+def test_sizes_in_torchvisions_form_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"sizes must be .* got \(\(32,\), \(64,\)\)"):
+        AnchorSpec(sizes=((32,), (64,)), strides=(8, 16))  # type: ignore[arg-type]
 
 
 def test_levels_must_agree() -> None:

@@ -83,6 +83,14 @@ def test_wrong_targets_are_rejected(targets: Tensor, message: str) -> None:
         rn.FocalLoss(class_dim=1)(segmentation()[0], targets)
 
 
+def test_wrong_targets_are_rejected_with_what_to_give() -> None:
+    logits, labels = segmentation()[0], torch.zeros(2, 5, 6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"classes in dimension 1: FocalLoss\(class_dim=1\)"):
+        rn.FocalLoss()(logits, labels)
+    with pytest.raises(ValueError, match="give 0 and 1 of a single class in the logits' shape"):
+        rn.FocalLoss(class_dim=1)(logits[:, :1], labels + 1)
+
+
 def test_wrong_settings_are_rejected_at_once() -> None:
     with pytest.raises(ValueError, match="gamma must be >= 0, got -1"):
         rn.FocalLoss(gamma=-1)

@@ -233,6 +233,7 @@ def test_anchor_labels_by_hand() -> None:
             {"targets": Targets(torch.zeros(1, 2, 4), torch.zeros(1, 3, dtype=torch.int64))},
             r"got \(1, 2, 4\) and \(1, 3\)",
         ),
+        ({"targets": [{"boxes": torch.zeros(1, 4)}]}, "targets are Targets, got list: give retina"),
         ({"foreground_iou": 0.3}, "background_iou <= foreground_iou <= 1, got 0.4 and 0.3"),
         ({"foreground_iou": 1.1}, "got 0.4 and 1.1"),
         ({"background_iou": 0.0}, "got 0.0 and 0.5"),

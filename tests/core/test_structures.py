@@ -70,8 +70,10 @@ def test_pad_targets_of_nothing() -> None:
 
 
 def test_pad_targets_refuses_lists_that_differ() -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="boxes of 1 images, and labels of 0"):
         pad_targets([torch.zeros(1, 4)], [])
+    with pytest.raises(ValueError, match="image 0: 1 boxes, 3 labels"):  # not broadcast
+        pad_targets([torch.zeros(1, 4)], [torch.zeros(3)])
 
 
 def make_batch() -> Batch:

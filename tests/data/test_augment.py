@@ -16,6 +16,8 @@ from labelled_folders import assert_same, train_loader, training
 from PIL import Image, ImageDraw
 from test_transforms import NO, Draws, painted, run
 from torch import Tensor
+from torch.testing import assert_close
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -467,6 +469,28 @@ def test_user_transform_comes_last(coloured: Dataset) -> None:
     assert len(marks) > 6
 
 
+mirror = v2.RandomHorizontalFlip(1.0)
+crop = v2.RandomCrop((40, 40))
+
+
+def test_user_transform_of_torchvision(coloured: Dataset) -> None:
+    plain = load(coloured, steps=1)
+    changed = load(coloured, steps=1, transform=f"{__name__}:mirror")
+    for before, after in zip(plain, changed, strict=True):
+        for i, (height, width) in enumerate(before.sizes.tolist()):
+            image = before.images[i, :, :height, :width].flip(-1)
+            assert torch.equal(after.images[i, :, :height, :width], image)
+            found = after.targets.boxes[i, 0]
+            x1, _, x2, _ = before.targets.boxes[i, 0].tolist()
+            assert_close(found[[0, 2]], torch.tensor([width - x2, width - x1]))
+
+
+def test_user_transform_of_torchvision_is_drawn_from_the_seed(coloured: Dataset) -> None:
+    first, second = (load(coloured, steps=3, transform=f"{__name__}:crop") for _ in range(2))
+    assert_same(first, second)
+    assert all(batch.sizes.eq(40).all() for batch in first)
+
+
 RESULTS: dict[str, Any] = {
     "nothing": lambda image, boxes, labels: None,
     "lists": lambda image, boxes, labels: (image, [], []),
@@ -509,7 +533,7 @@ def test_faulty_user_transform(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("darken", "data.transform=darken is not a function; give MODULE:FUNCTION"),
+        ("darken", "data.transform=darken is not a function at the top"),
         ("test_augment:COLOURS", "is not a function"),
         ("test_augment:nothing", "data.transform=test_augment:nothing: the transform cannot be im"),
         ("no_such_module:f", "the transform cannot be imported: No module"),

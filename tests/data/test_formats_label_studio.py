@@ -62,6 +62,28 @@ def test_rectangles_and_background(tmp_path: Path, make_image: MakeImage) -> Non
     assert check_datasets(read_splits(tmp_path)).problems == ()
 
 
+@pytest.mark.parametrize(
+    "faulty",
+    [
+        {**SHARES, "rotation": 30, "rectanglelabels": ["cat"]},  # its region states no size
+        {**SHARES, "rectanglelabels": []},
+        {**SHARES, "x": "left", "rectanglelabels": ["cat"]},
+    ],
+)
+def test_image_whose_only_box_is_dropped_is_no_background(
+    faulty: dict[str, Any], tmp_path: Path, make_image: MakeImage
+) -> None:
+    for seed, name in enumerate(("a.jpg", "b.jpg", "c.jpg")):
+        make_image(tmp_path / name, seed=seed)
+    dropped = region(value=faulty, original_width=None, original_height=None)
+    export(tmp_path, task("a.jpg", dropped), task("b.jpg", region(), id_=2), task("c.jpg", id_=3))
+    dataset = read_dataset(tmp_path, "all")
+    assert [image.path.name for image in dataset.images] == ["b.jpg", "c.jpg"]
+    last = dataset.problems[-1]
+    assert (last.kind, last.file) == ("label-unreadable", tmp_path / "a.jpg")
+    assert (last.reason, last.fix) == ("each of its objects is faulty", "the image is dropped")
+
+
 def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "a.jpg")
     make_image(tmp_path / "b.jpg", seed=1)

@@ -55,7 +55,8 @@ def test_classes_txt_gives_order_and_bounds(tmp_path: Path, make_image: MakeImag
     write(tmp_path / "classes.txt", "zebra\ncat\n")
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("zebra", "cat")
-    (problem,) = dataset.problems
+    problem, dropped = dataset.problems
+    assert dropped.reason == "each of its objects is faulty"
     assert (problem.kind, problem.object) == ("class-unknown", 0)
     assert problem.file == tmp_path / "Annotations" / "a.xml"
     assert problem.reason == "a.jpg: object 0: class 'dog' is not one of 2 known"

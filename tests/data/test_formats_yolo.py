@@ -179,7 +179,7 @@ def test_image_of_faulty_rows_alone_is_left_out_of_training(
     assert [image.path.name for image in kept.images] == ["a.jpg", "c.jpg"]  # c is background
     summary = fault_summary(kept, left_out)
     assert summary is not None
-    b = dataset.images[1].path
+    b = tmp_path / "images" / "b.jpg"
     assert f"images without any usable object: {b}; see" in summary
 
 

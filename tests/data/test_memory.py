@@ -15,7 +15,7 @@ import retinanet as rn
 from retinanet.data import digest, read_dataset, read_splits
 from retinanet.data.images import read_image
 from retinanet.data.memory import from_torch
-from retinanet.errors import DataError
+from retinanet.errors import DataError, ImageError
 
 RED = np.full((30, 40, 3), (200, 10, 20), np.uint8)
 
@@ -47,11 +47,18 @@ def test_images_in_memory_keep_their_pixels(image: Any) -> None:
         ([[[1, 2, 3, 4]]], [[2]], r"labels \[2.0\] are not all whole numbers from 0 to 1"),
         ([[[1, 2, 3, 4]]], [[0.5]], "are not all whole numbers"),
         ([["a"]], [[0]], "boxes are not numbers"),
+        ([[[0.1, 0.1, 0.5, 0.6]]], [[0]], r"boxes are in pixels: found none over 0\.6; multiply"),
     ],
 )
 def test_arrays_that_do_not_fit_are_an_error(boxes: Any, labels: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         rn.Dataset.from_arrays([RED], boxes, labels, ["cat", "dog"])
+
+
+def test_image_of_an_unknown_range_is_named() -> None:
+    image = np.full((8, 8, 3), 1000.0)
+    with pytest.raises(ImageError, match=r"image train-0: ambiguous value range: .*; give uint8"):
+        rn.Dataset.from_arrays([image], [[[1, 2, 3, 4]]], [[0]], ["cat"])
 
 
 class MapStyle:

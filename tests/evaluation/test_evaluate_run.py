@@ -223,6 +223,24 @@ def test_match_classes_names_what_the_model_lacks(val: Dataset) -> None:
     assert match_classes(("green", "red"), without) == (1, 0)
 
 
+def test_evaluate_takes_data_sets_by_split_and_map_style_ones(val: Dataset) -> None:
+    class MapStyle:
+        classes = val.classes
+
+        def __len__(self) -> int:
+            return len(val)
+
+        def __getitem__(self, index: int) -> Any:
+            image = val.images[index]
+            labels = [item.label for item in image.annotations]
+            return image.path, {"boxes": [a.box for a in image.annotations], "labels": labels}
+
+    expected = evaluate([], val)
+    assert evaluate([], {"val": val}) == expected
+    assert evaluate([], {"val": MapStyle()}).objects == expected.objects
+    assert evaluate([], MapStyle()).objects == expected.objects
+
+
 def test_evaluate_invalid_arguments(painted: Path, tmp_path: Path) -> None:
     row = {"image_id": 5, "category_id": 10, "bbox": [0, 0, 1, 1], "score": 1}
     cases: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
@@ -230,6 +248,7 @@ def test_evaluate_invalid_arguments(painted: Path, tmp_path: Path) -> None:
         (tmp_path / "nothing.json", painted, {}, DataError, "no such file"),
         ([], painted, {"split": "tset"}, DataError, "no split 'tset'"),
         ([], tmp_path / "nowhere", {}, DataError, "no such file or folder"),
+        ([], {"test": painted}, {}, DataError, "the data has no split 'val': found test"),
         ([row], painted, {}, DataError, "entry 0 is of image 5, which .* does not have"),
         (tiny_checkpoint(), painted, {"precision": "bf17"}, ConfigError, "precision"),
         ([], painted, {"precision": "bf16"}, ConfigError, "given for a results file"),

@@ -50,6 +50,7 @@ def test_detections_of_an_image_are_detections() -> None:
         (slice(2), [0, 1]),
         ("dog", [0, 2]),
         ("car", [1]),
+        (["dog", "car"], [0, 1, 2]),
     ],
 )
 def test_index_selects_objects_and_keeps_the_image(index: Any, kept: list[int]) -> None:
@@ -98,6 +99,7 @@ def test_print_is_short() -> None:
         "  car 0.60 (0.0, 0.0, 5.5, 6.5)",
         "  dog 0.20 (-3.0, 35.0, 9.0, 44.0)",
     ]
+    assert repr(found()[:1]).endswith("1 object: 1 dog; scores 0.90 to 0.90)")
     many = rn.Detections(torch.zeros(30, 4), torch.ones(30), torch.arange(30))
     assert repr(many) == (
         "Detections(30 objects: 1 0, 1 1, 1 2, 1 3, 1 4, 25 more classes; scores 1.00 to 1.00)"

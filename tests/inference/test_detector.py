@@ -55,6 +55,11 @@ def test_detect_boxes_are_in_pixels_of_the_original_image(
     assert (score, label) == (float(found.scores[0]), 0)
 
 
+def test_detector_is_printed_and_called(detector: Detector, square: Pixels) -> None:
+    assert repr(detector).startswith("Detector(white, bright; images of 64 px; torch on cpu, floa")
+    assert torch.equal(one(detector(square)).boxes, one(detector.detect(square)).boxes)
+
+
 def test_detect_with_value_range_scales_pixels_of_other_ranges(
     detector: Detector, square: Pixels, tmp_path: Path
 ) -> None:
@@ -439,3 +444,9 @@ def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
         assert len(alone) == len(joined) > 10
         torch.testing.assert_close(alone.scores, joined.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(alone.boxes, joined.boxes, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Identity()])
+def test_load_of_what_is_no_name_is_an_error(model: Any) -> None:
+    with pytest.raises(WeightsError, match=r"loaded by its path or name, got (NoneType|Identity)"):
+        load(model)

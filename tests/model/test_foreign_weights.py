@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,29 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "a.pth")
     missing = r"missing: backbone\.bn1\.running_var, class_head\.last\.bias"
     with pytest.raises(WeightsError, match=missing):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("backbone.bottom_up.stem.conv1", (64, 147), "conv1.weight of 4 dimensions (found 2)"),
+        ("backbone.fpn_lateral3", (), "lateral.0.weight of 4 dimensions (found 0)"),
+        ("head.cls_score", (9, 256), "class_head.last.weight is 9x256, not 9x256x3x3"),
+    ],
+)
+def test_tensors_of_another_number_of_dimensions_are_named(
+    name: str, shape: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    state = random_state(DETECTRON2, 1) | {f"{name}.weight": torch.zeros(shape)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_pixel_mean_without_three_values_is_an_error(tmp_path: Path) -> None:
+    torch.save(random_state(DETECTRON2, 1) | {"pixel_mean": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="pixel_mean has 1 values, not 3"):
         load_checkpoint(tmp_path / "a.pth")
 
 

@@ -106,10 +106,17 @@ def test_black_float_images_are_accepted(model: rn.RetinaNet) -> None:
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (pixels(64, 64), r"found Tensor with Tensor \(64, 64\)"),
-        (pixels(64, 64).numpy()[None], r"found ndarray with ndarray \(3, 64, 64\); convert"),
-        ([pixels(64, 64).permute(1, 2, 0)], r"found list with Tensor \(64, 64, 3\)"),
-        ([], "found list with list"),
+        (pixels(64, 64), r"found Tensor \(3, 64, 64\); of a single image give image\[None\]"),
+        (pixels(64, 64).numpy()[None], r"found ndarray \(1, 3, 64, 64\)"),
+        ([pixels(64, 64).numpy()], r"found ndarray \(3, 64, 64\); convert it: "),
+        ([pixels(64, 64).permute(1, 2, 0)], r"found Tensor \(64, 64, 3\); three channels come"),
+        (
+            [pixels(64, 0)],
+            r"found Tensor \(3, 64, 0\); three channels come first, and no side is 0",
+        ),
+        ([], r"found list$"),
+        ("street.jpg", "found str; convert it"),
+        ([torch.full((3, 64, 64), torch.nan)], "values nan to nan; replace NaN"),
         ([pixels(64, 64), pixels(64, 64).float()], "found torch.float32, torch.uint8"),
         (pixels(64, 64).long()[None], "found torch.int64; convert"),
     ],
@@ -127,6 +134,7 @@ BOX, LABEL = torch.tensor([[4.0, 4, 36, 36]]), torch.tensor([0])
     [
         ({"boxes": BOX, "labels": LABEL}, "found dict; wrap"),
         ([], "found 0 for 1 images"),
+        (None, "found NoneType; wrap"),
         ([{"boxes": BOX, "classes": LABEL}], "image 0 has no labels, only boxes, classes"),
         ([{"boxes": BOX[0], "labels": LABEL}], r"boxes \(4,\) and labels \(1,\)"),
         ([{"boxes": BOX, "labels": LABEL.float()}], "integers: found torch.float32"),
@@ -172,6 +180,19 @@ def test_loss_takes_fields_of_the_settings(model: rn.RetinaNet) -> None:
         model.loss(images, targets, settings=rn.LossSettings(), gamma=1.0)
     with pytest.raises(ValueError, match="got list; "):
         model([images[0]])
+    with pytest.raises(ValueError, match=r"losses = model\.loss\(images, targets\)"):
+        model(images, targets)
+
+
+@pytest.mark.parametrize("num_classes", [0, 2.0, "3", None])
+def test_num_classes_is_a_whole_number(num_classes: Any) -> None:
+    with pytest.raises(rn.ConfigError, match="num_classes is a whole number of at least 1, got"):
+        rn.build_retinanet(num_classes)
+
+
+def test_no_backbone_weights_are_named_none() -> None:
+    with pytest.raises(rn.ConfigError, match=r'backbone_weights is None: give "none" \(random\)'):
+        rn.build_retinanet(2, backbone_weights=None)
 
 
 def test_unknown_threshold_names_the_setting(model: rn.RetinaNet) -> None:

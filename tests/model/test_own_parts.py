@@ -146,6 +146,29 @@ def test_backbone_without_the_feature_maps_is_an_error(kind: type, message: str)
         rn.build_retinanet(1, backbone=kind, **SMALL)
 
 
+class Wide(Net):
+    """States channels that its maps do not have."""
+
+    channels = (99, *Net.channels[1:])
+
+
+class Sized(Net):
+    """Takes an argument."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+def test_faulty_backbones_are_named() -> None:
+    wide = rn.build_retinanet(1, backbone=Wide, p2=True, **SMALL)
+    with pytest.raises(
+        ValueError, match=r"returned a map \(1, \d+, 16, 16\) for 99 channels and s"
+    ):
+        wide.detect(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(rn.ConfigError, match=r"Sized' is built without arguments: .* 'width'"):
+        rn.build_retinanet(1, backbone=Sized, **SMALL)
+
+
 def test_settings_of_other_backbones_are_errors() -> None:
     with pytest.raises(rn.ConfigError, match="load them in its constructor"):
         rn.build_retinanet(1, backbone=Net, backbone_weights="w.safetensors", **SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,9 +30,10 @@ def test_device_auto_is_the_cpu_where_there_is_nothing_else(
         ("cdua", "did you mean cuda"),
         ("cuda:99", "device 'cuda:99': torch finds [0-9]+ cuda devices here"),
         ("meta", "device 'meta' is not one of"),
+        (None, "device 'None' is not one of auto, cpu"),
     ],
 )
-def test_device_that_is_not_there(name: str, message: str) -> None:
+def test_device_that_is_not_there(name: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)

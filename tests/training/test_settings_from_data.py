@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
 
 from retinanet.config import Recipe, load_recipe
 from retinanet.data import read_splits, usable
@@ -141,9 +144,29 @@ def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
 def test_without_a_gpu_the_network_is_small() -> None:
     found = chosen(squares(100, 3))
     assert found == {"model.backbone": "mobilenet_v2", "model.channels": 64, "model.head_depth": 2}
-    stated = chosen(squares(100, 3), "model.backbone_weights=file.safetensors", "model.channels=32")
+    stated = chosen(squares(100, 3), "model.backbone=resnet18", "model.channels=32")
     assert stated == {"model.head_depth": 2}
+    scratch = ("model.backbone_weights=none", "model.norm=group")
+    assert chosen(squares(100, 3), *scratch)["model.backbone"] == "mobilenet_v2"
     assert "model.backbone" not in chosen(squares(100, 3), on_gpu=True)
+
+
+def test_backbone_follows_from_its_weights(tmp_path: Path) -> None:
+    small, lite = tmp_path / "small.safetensors", tmp_path / "lite.safetensors"
+    save_file(torchvision.models.mobilenet_v2().features.state_dict(prefix="features."), small)
+    save_file({"a": torch.zeros(1)}, lite, {"layout": "timm tf_efficientnet_lite2, features_only"})
+    for weights, name in (
+        (str(small), "mobilenet_v2"),
+        (str(lite), "timm/tf_efficientnet_lite2"),
+        ("ResNet18_Weights.IMAGENET1K_V1", "resnet18"),
+    ):
+        setting = f"model.backbone_weights={weights}"
+        for on_gpu in (False, True):
+            found = chosen(squares(100, 3), setting, on_gpu=on_gpu, image_size=384)
+            assert found["model.backbone"] == name
+        assert "model.backbone" not in chosen(squares(100, 3), setting, "model.backbone=resnet34")
+    # ResNet-50 and MobileNetV2 have an entry of this name.
+    assert "model.backbone" not in chosen(squares(100, 3), "model.backbone_weights=IMAGENET1K_V2")
 
 
 def test_an_assignment_without_a_threshold_needs_no_other_anchors() -> None:

@@ -154,6 +154,8 @@ def test_train_into_a_folder_that_is_no_whole_run_is_an_error(
     with pytest.raises(ConfigError, match=r"contains no run to resume: found 'thesis\.tex'"):
         train(tiny_recipe("train.steps=1"), tiny_data, tmp_path, device="cpu")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(ConfigError, match=r"thesis\.tex is a file; give a folder as --out"):
+        train(tiny_recipe("train.steps=1"), tiny_data, tmp_path / "thesis.tex", device="cpu")
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "training.json").write_text("{")
     with pytest.raises(WeightsError, match="delete the run folder"):

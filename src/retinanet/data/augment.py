@@ -6,12 +6,13 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retinanet.config import DataConfig
 from retinanet.data.image_files import network_size
@@ -280,6 +281,26 @@ def user_transform(config: DataConfig, num_classes: int) -> UserTransform | None
         raise ConfigError(f"data.transform={error}") from None
     if not callable(function):
         raise ConfigError(
-            f"data.transform={config.transform} is not a function; give MODULE:FUNCTION"
+            f"data.transform={config.transform} is not a function at the top level of a module; "
+            "give MODULE:FUNCTION"
         )
+    if isinstance(function, nn.Module):
+        function = partial(_call_v2, function)
     return UserTransform(config.transform, function, num_classes)
+
+
+def _call_v2(
+    transform: nn.Module, image: Tensor, boxes: Tensor, labels: Tensor, generator: random.Random
+) -> Labelled:
+    """Call a transform of torchvision.transforms.v2, which draws from torch's generator."""
+    from torchvision import tv_tensors
+    from torchvision.transforms.v2 import ConvertBoundingBoxFormat
+
+    size = (image.shape[1], image.shape[2])
+    objects = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.getrandbits(63))
+        image, target = transform(tv_tensors.Image(image), {"boxes": objects, "labels": labels})
+    found = ConvertBoundingBoxFormat("XYXY")(target["boxes"]).as_subclass(Tensor)
+    kept = (found[:, 2:] > found[:, :2]).all(dim=1)  # those outside are clamped to no size
+    return image.as_subclass(Tensor), found[kept], target["labels"][kept]

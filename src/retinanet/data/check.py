@@ -20,7 +20,7 @@ from retinanet.data import archives
 from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.labels import DROPPED
+from retinanet.data.formats.labels import ALL_FAULTY, DROPPED
 from retinanet.data.image_files import (
     SIDEWAYS,
     exif_orientation,
@@ -67,7 +67,6 @@ _CHUNK = 64  # images that a thread reads at a time
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _END_BYTES = 1024  # in which a file must end; cameras pad their files
 _BEGINNING = 2**16  # bytes of files of one size that are compared first
-_ALL_FAULTY = "each of its objects is faulty"
 _NAMED_IMAGES = 10  # in messages
 
 
@@ -163,18 +162,15 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
 
     Dropped are missing images, and objects whose box is empty, inverted, not four finite numbers,
     or wholly outside the image (by the size in the labels), but not those partly outside. An image
-    with labels of which none is usable is dropped too: it is no background.
+    with labels of which none is usable is dropped too: it is no background. (Readers drop those
+    whose objects all lack a class or a box.)
     """
     dropped: list[Problem] = []
     images: list[LabelledImage] = []
-    faulty = {problem.file for problem in dataset.problems if "dropped" in problem.fix}
-    num_images = Counter(image.label_file for image in dataset.images)
     for image in dataset.images:
         if not archives.is_image_file(image.path):
             dropped.append(_missing(image))
             continue
-        # A file with the labels of many images does not show whose a faulty row is.
-        has_labels = image.label_file in faulty and num_images[image.label_file] == 1
         kept: list[Annotation] = []
         for annotation in image.annotations:
             fault = check_box(annotation.box, image.width, image.height)
@@ -182,8 +178,8 @@ def usable(dataset: Dataset) -> tuple[Dataset, list[Problem]]:
                 kept.append(annotation)
             else:
                 dropped.append(_box_problem(dataset, image, annotation, fault))
-        if not kept and (image.annotations or has_labels):
-            dropped.append(Problem("label-unreadable", image.path, None, _ALL_FAULTY, DROPPED))
+        if image.annotations and not kept:
+            dropped.append(Problem("label-unreadable", image.path, None, ALL_FAULTY, DROPPED))
             continue
         same = len(kept) == len(image.annotations)
         images.append(image if same else replace(image, annotations=tuple(kept)))
@@ -198,7 +194,7 @@ def fault_summary(dataset: Dataset, dropped: Sequence[Problem] = ()) -> str | No
     kept = sum(len(image.annotations) for image in dataset.images)
     share = len(faults) / (len(faults) + kept)
     first = f"{faults[0].file}: {faults[0].reason}"
-    names = [str(problem.file) for problem in faults if problem.reason == _ALL_FAULTY]
+    names = [str(problem.file) for problem in faults if problem.reason == ALL_FAULTY]
     more = f" and {len(names) - _NAMED_IMAGES} more" if len(names) > _NAMED_IMAGES else ""
     listed = f"; images without any usable object: {', '.join(names[:_NAMED_IMAGES])}{more}"
     return (

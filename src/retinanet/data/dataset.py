@@ -158,7 +158,8 @@ class Dataset:
             split: name of the split.
 
         Raises:
-            DataError: the numbers of images, boxes and labels differ, or a label is out of range.
+            DataError: the numbers of images, boxes and labels differ, a label is out of range, or
+                all boxes are fractions of their images.
             ImageError: an image cannot be read.
         """
         from retinanet.data.images import as_file
@@ -189,6 +190,12 @@ class Dataset:
             )
             file = as_file(image, f"{split or 'image'}-{index}")
             found.append(LabelledImage(file, index, annotations))
+        sides = [side for image in found for item in image.annotations for side in item.box]
+        if sides and max(sides) <= 1:
+            raise DataError(
+                f"boxes are in pixels: found none over {max(sides):.3g}; multiply fractions by the "
+                "images' widths and heights"
+            )
         return cls(
             tuple(found), classes, tuple(range(len(classes))), split, "memory", Path("memory")
         )

@@ -102,7 +102,7 @@ def read_image(source: ImageSource, *, value_range: ValueRange | None = None) ->
 def read_reduced(
     source: ImageSource, shorter: int, longest: int, *, value_range: ValueRange | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """As :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
+    """Read an image as :func:`read_image`, decoded no larger than :func:`resize_to` needs it.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size: the largest of these
     reductions at which it stays twice its :func:`network_size` (of the sides `shorter`, at most
@@ -111,6 +111,9 @@ def read_reduced(
 
     Returns: (3, h, w) uint8 as of :func:`read_image`, and (height, width) of the whole image, to be
         given to :func:`resize_to`.
+
+    Raises:
+        ImageError, ConfigError: as :func:`read_image`.
     """
     return _read(source, (shorter, longest), value_range)
 
@@ -409,8 +412,10 @@ def _to_uint8(array: npt.NDArray[Any], value_range: ValueRange | None) -> npt.ND
 def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
     """Return the range of floats or wide integers, by the rules of :func:`read_image`.
 
-    None for types with a range of their own (booleans, unsigned 8 and 16 bits); an ambiguous range
-    is an ImageError.
+    None for types with a range of their own (booleans, unsigned 8 and 16 bits).
+
+    Raises:
+        ImageError: the range is ambiguous.
     """
     array = _as_array(source)
     if array.dtype == np.bool_ or (array.dtype.kind == "u" and array.dtype.itemsize <= 2):
@@ -425,8 +430,8 @@ def find_value_range(source: npt.NDArray[Any] | Tensor) -> ValueRange | None:
     if is_float and low >= -255 * _OVERSHOOT and 255 * _OVERSHOOT <= high <= 255 + 255 * _OVERSHOOT:
         return 0, 255
     raise ImageError(
-        f"ambiguous value range: {array.dtype} values from {low:.6g} to {high:.6g}; state the "
-        f"range, as in value_range=(0, 1), (0, 255) or (0, 65535)"
+        f"ambiguous value range: {array.dtype} values from {low:.6g} to {high:.6g}; give "
+        f"uint8, or state the range, as in value_range=(0, 1), (0, 255) or (0, 65535)"
     )
 
 
@@ -446,7 +451,10 @@ def as_file(image: ImageSource, name: str) -> Path:
     """
     if isinstance(image, str | os.PathLike):
         return Path(image)
-    pixels = np.ascontiguousarray(read_image(image).permute(1, 2, 0).numpy())
+    try:
+        pixels = np.ascontiguousarray(read_image(image).permute(1, 2, 0).numpy())
+    except ImageError as error:
+        raise ImageError(f"image {name}: {error}") from None
     # By its content: the same data has the same names, on which drawn splits and digests depend.
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:16]
     file = _temporary_folder() / f"{name}-{digest}.png"

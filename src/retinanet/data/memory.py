@@ -68,8 +68,11 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
     """Read the splits that a function of the user yields.
 
     It yields per image ``(image, boxes, names)``: the image as in :meth:`Dataset.from_arrays`, (M,
-    4) boxes x1, y1, x2, y2 in pixels, and M class names; optionally the split, fourth. Another form
-    is a DataError.
+    4) boxes x1, y1, x2, y2 in pixels, and M class names; optionally the split, fourth.
+
+    Raises:
+        DataError: it yields another form.
+        ImageError: an image cannot be read.
     """
     from retinanet.data.images import as_file
 

@@ -59,7 +59,11 @@ class Windows(ABC):
 
     @abstractmethod
     def read(self, window: Window) -> Tensor:
-        """Read a window as (3, h, w) uint8, the crop of the whole image."""
+        """Read a window as (3, h, w) uint8, the crop of the whole image.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
 
     def reduced(self, height: int, width: int) -> Tensor:
         """Read the whole image resized to (3, height, width) uint8.

@@ -13,7 +13,7 @@ from retinanet.data import find_data, read_dataset
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
-from retinanet.data.memory import Reader
+from retinanet.data.memory import Reader, from_torch
 from retinanet.data.selection import SINGLE_CLASS, select_as_trained, select_classes
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.evaluation.coco import MAX_DETECTIONS, evaluate_detections, max_detections_for
@@ -61,7 +61,7 @@ def run_options(options: Mapping[str, Any]) -> RunOptions:
 
 def evaluate(
     model: str | Path | Detector | Checkpoint | Sequence[Mapping[str, Any]],
-    data: str | Path | Reader | Dataset,
+    data: str | Path | Reader | Dataset | Any,
     *,
     split: str | None = None,
     out: str | Path | None = None,
@@ -79,7 +79,8 @@ def evaluate(
         model: a run folder, a checkpoint, an exported file, a ``torchvision/..`` name, a
             :class:`Detector`, or a COCO results file (``.json``) or list, to which `options` do
             not apply.
-        data: a labelled folder or file of any format, or a data set.
+        data: a labelled folder or file of any format; or a :class:`Dataset` or map-style data set
+            as :func:`retinanet.train` takes it, or several by split.
         split: of the data; None is ``val``, or the split of a single file (for results: all of
             it). A split that the data lacks is made as in the model's training.
         out: a folder for ``metrics.json`` and ``results.json`` (:func:`write_results`).
@@ -207,13 +208,19 @@ def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
 
 
 def read_eval_dataset(
-    data: str | Path | Reader | Dataset,
+    data: str | Path | Reader | Dataset | Any,
     split: str | None = None,
     *,
     info: Mapping[str, Any] | None = None,
     for_results: bool = False,
 ) -> Dataset:
     """Read the images to evaluate on."""
+    if isinstance(data, Mapping):
+        if (split or "val") not in data:
+            raise DataError(f"the data has no split {split or 'val'!r}: found {', '.join(data)}")
+        data = data[split or "val"]
+    if not isinstance(data, Dataset | str | Path) and hasattr(data, "__getitem__"):
+        data = from_torch(data, split=split or "val")
     if isinstance(data, Dataset):
         return select_as_trained(data, info or {})
     path = data if callable(data) else Path(data)

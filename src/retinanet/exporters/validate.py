@@ -47,7 +47,11 @@ class Tolerance:
     ap: float
 
     def override(self, settings: Iterable[str]) -> Tolerance:
-        """Return a copy with ``name=value`` settings applied; raises ConfigError."""
+        """Return a copy with ``name=value`` settings applied.
+
+        Raises:
+            ConfigError: an unknown name, or a value that is not a number of 0 or more.
+        """
         values = asdict(self)
         for setting in settings:
             name, _, value = setting.partition("=")

@@ -24,7 +24,7 @@ from retinanet.data.images import (
     resize_to,
 )
 from retinanet.data.selection import labels_of
-from retinanet.errors import ConfigError, ImageError
+from retinanet.errors import ConfigError, ImageError, WeightsError
 from retinanet.inference.backends import (
     Network,
     Thresholds,
@@ -180,6 +180,11 @@ class Detector:
             calibration=None if calibrate is None else self._calibration(calibrate),
         )
 
+    def __repr__(self) -> str:
+        more = len(self.classes) - 5
+        names = ", ".join(self.classes[:5]) + (f" and {more} more" if more > 0 else "")
+        return f"Detector({names}; images of {self.image_size} px; {self.network.description})"
+
     def detect(
         self,
         source: Any,
@@ -224,6 +229,8 @@ class Detector:
                 raise result.error
             found.append(result)
         return found[0] if is_single(source) else found
+
+    __call__ = detect
 
     def stream(
         self,
@@ -482,6 +489,11 @@ def load(
 
 def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
     """Open what :class:`Detector` is built from, by a name as :func:`load` takes it."""
+    if not isinstance(path_or_name, str | Path):
+        raise WeightsError(
+            f"a detector is loaded by its path or name, got {type(path_or_name).__name__}; save a "
+            "network with rn.save_checkpoint, or call its detect"
+        )
     if is_exported(path_or_name) and not Path(path_or_name).is_dir():
         return read_exported(path_or_name)
     return load_checkpoint(path_or_name)

@@ -56,11 +56,19 @@ class Source:
         return self._read(read_image)
 
     def read_reduced(self, shorter: int, longest: int) -> tuple[Tensor, tuple[int, int]]:
-        """Call :func:`retinanet.data.images.read_reduced`; errors as :meth:`read`."""
+        """Call :func:`retinanet.data.images.read_reduced`.
+
+        Raises:
+            ImageError: as :meth:`read`.
+        """
         return self._read(read_reduced, shorter, longest)
 
     def open_windows(self) -> Windows:
-        """Call :func:`retinanet.data.windows.open_windows`; errors as :meth:`read`."""
+        """Call :func:`retinanet.data.windows.open_windows`.
+
+        Raises:
+            ImageError: as :meth:`read`.
+        """
         return self._read(open_windows)
 
     def load(self) -> Any:

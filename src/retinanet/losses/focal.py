@@ -576,10 +576,12 @@ def _loss(
     integer = not targets.is_floating_point() and targets.dtype != torch.bool
     expected = logits.shape[:-1] if integer else logits.shape
     if targets.shape != expected:
+        is_second = logits.dim() > 2 and targets.shape == logits.shape[:1] + logits.shape[2:]
         raise ValueError(
             f"logits {tuple(logits.shape)} go with integer labels of shape "
             f"{tuple(logits.shape[:-1])} or float targets of shape {tuple(logits.shape)}; "
             f"got {targets.dtype} targets of shape {tuple(targets.shape)}"
+            + ("; classes in dimension 1: FocalLoss(class_dim=1)" if is_second else "")
         )
     classes, working = logits.shape[-1], _working_type(logits)
     if integer and reduction != "none":
@@ -684,6 +686,7 @@ def _check_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(
             f"label {wrong} is neither a class 0..{classes - 1} nor BACKGROUND ({BACKGROUND}) nor "
             f"IGNORED ({IGNORED})"
+            + ("; give 0 and 1 of a single class in the logits' shape" if classes == 1 else "")
         )
 
 

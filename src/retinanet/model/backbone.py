@@ -36,6 +36,7 @@ from retinanet.model.blocks import (
 )
 from retinanet.model.weight_files import read_tensors
 from retinanet.own import find_module
+from retinanet.structures import is_eager
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -207,7 +208,18 @@ class OwnBackbone(Backbone):
         if len(maps) != self.count:
             raise ValueError(f"the backbone returned {len(maps)} maps for {self.count} strides")
         two, three, four, five = self.indices
-        return maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+        found = maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+        for x, channels, stride in zip(found, self.channels, (4, 8, 16, 32), strict=True):
+            if x is None or not is_eager():  # a traced graph may have no fixed sides
+                continue
+            sides = [images.shape[2] // stride, images.shape[3] // stride]
+            if [*x.shape[1:]] != [channels, *sides]:
+                raise ValueError(
+                    f"the backbone returned a map {tuple(x.shape)} for {channels} channels and "
+                    f"stride {stride} of images {tuple(images.shape)}; correct its attributes "
+                    "channels and strides, or its forward"
+                )
+        return found
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """Raise ConfigError: the stages of the module are unknown."""
@@ -298,7 +310,11 @@ def build_backbone(
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
     if is_own(name):
-        net = find_module("backbone", name)()
+        kind = find_module("backbone", name)
+        try:
+            net = kind()
+        except TypeError as error:
+            raise ConfigError(f"backbone {name!r} is built without arguments: {error}") from None
         backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()
@@ -459,6 +475,7 @@ class BackboneWeights(NamedTuple):
     pixel_std: tuple[float, float, float] | None = None
     stride_padding: str | None = None
     keep_frozen: bool = False
+    timm: str | None = None
 
 
 def find_weights(name: str, weights: str | Path) -> BackboneWeights | None:
@@ -524,13 +541,38 @@ def load_backbone(backbone: Backbone, weights: BackboneWeights) -> None:
     wanted = inner.state_dict()
     state = _without_classifier(weights.state, wanted)
     if misfits := _misfits(wanted, state):
-        with torch.device("meta"):
-            others = {name: build_backbone(name, norm="trained").state_dict() for name in BACKBONES}
-        for name, other in others.items():
-            if not _misfits(other, _without_classifier(weights.state, other)):
-                misfits = f"they are those of {name}: set model.backbone={name}"
+        if (name := _backbone_of(weights)) and not isinstance(backbone, Timm):
+            misfits = f"they are those of {name}: set model.backbone={name}"
         raise WeightsError(f"backbone weights {weights.source} do not fit the network: {misfits}")
     inner.load_state_dict(state, strict=False)
+
+
+def backbone_of(weights: str) -> str | None:
+    """Return the backbone that weights are of; None: they do not determine it.
+
+    A file is of the network whose tensors it has, or of timm's that its metadata name as
+    ``layout``; an entry of torchvision is of that in its name (ResNet50_Weights.IMAGENET1K_V2).
+
+    Raises:
+        WeightsError: the file does not exist or contains no tensors.
+    """
+    if weights in ("default", "none"):
+        return None
+    if entry := _ENTRY.fullmatch(weights):
+        name = (entry["kind"] or "").removesuffix("_Weights").lower()
+        return name if name in BACKBONES else None
+    return _backbone_of(_read_weights(Path(weights)))
+
+
+def _backbone_of(weights: BackboneWeights) -> str | None:
+    if weights.timm:
+        return f"timm/{weights.timm}"
+    with torch.device("meta"):
+        for name in BACKBONES:
+            wanted = build_backbone(name, norm="trained").state_dict()
+            if not _misfits(wanted, _without_classifier(weights.state, wanted)):
+                return name
+    return None
 
 
 def _without_classifier(
@@ -572,6 +614,7 @@ def _read_weights(file: Path) -> BackboneWeights:
     where = f"backbone weights {file}"
     content = read_tensors(file, where, f"; {CHOICES}")
     mean, std = _stated_input(content.metadata.get("input", ""), where)
+    timm = re.match(r"timm[ /]([\w.]+)", content.metadata.get("layout", ""))
     return BackboneWeights(
         content.state,
         str(file),
@@ -579,6 +622,7 @@ def _read_weights(file: Path) -> BackboneWeights:
         std,
         "same" if re.search(r"\bSAME\b", content.metadata.get("padding", "")) else None,
         "frozen" in content.metadata.get("batch_norm", ""),
+        timm[1] if timm else None,
     )
 
 

@@ -59,11 +59,16 @@ _SIGNS = {
 # Names of detectron2's buffers, whose values are read before.
 _BUFFERS = re.compile(r"pixel_mean|pixel_std|anchor_generator\..*|.*num_batches_tracked")
 
-# Our names of what tells the network and its input.
-_NEEDED = (
-    *("backbone.conv1.weight", "backbone.bn1.running_var", "pyramid.lateral.0.weight"),
-    *("pyramid.p6.weight", "class_head.last.bias", "box_head.last.bias"),
-)
+# Our names of the tensors that determine the network and its input, and their dimensions.
+_NEEDED = {
+    "backbone.conv1.weight": 4,
+    "backbone.bn1.running_var": 1,
+    "backbone.layer1.0.conv2.weight": 4,
+    "pyramid.lateral.0.weight": 4,
+    "pyramid.p6.weight": 4,
+    "class_head.last.bias": 1,
+    "box_head.last.bias": 1,
+}
 # Names there and here. In older files of torchvision a block is one module less deep.
 _TORCHVISION = (
     (r"backbone\.body\.(.+)", r"backbone.\1"),
@@ -200,6 +205,9 @@ def convert(content: TensorFile, where: str, **settings: Any) -> RetinaNet:
         raise WeightsError(f"{where}: of mmdetection {version}, whose anchors are others")
     state = _rename(library, content.state)
     settings = {**_network(state, where), **settings}
+    num_classes = state["class_head.last.bias"].numel() // 9
+    with torch.device("meta"):  # shapes before values: those below are of the right shape
+        check_state(RetinaNet(max(1, num_classes), **settings).state_dict(), state, where)
     if library == "torchvision":
         settings["rounding"] = "torchvision"
     else:
@@ -207,8 +215,7 @@ def convert(content: TensorFile, where: str, **settings: Any) -> RetinaNet:
         settings["p7_relu"] = library == "detectron2"
     if library == "detectron2":
         _order_by_ratio(state)
-    model = RetinaNet(state["class_head.last.bias"].numel() // 9, **settings)
-    check_state(model.state_dict(), state, where)
+    model = RetinaNet(num_classes, **settings)
     model.load_state_dict(state, strict=False)
     return model
 
@@ -272,15 +279,18 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     blocks = {match[1] for key in state if (match := re.match(r"backbone\.(layer\d\.\d+)\.", key))}
     depths = Counter(block.partition(".")[0] for block in blocks)
     convolutions = 3 if "backbone.layer1.0.conv3.weight" in state else 2
-    conv2 = state.get("backbone.layer1.0.conv2.weight", torch.empty(0, 0))
-    kind = (tuple(depths[f"layer{i}"] for i in range(1, 5)), convolutions, conv2.shape[1])
-    backbone = _RESNETS.get(kind)
-    missing = [name for name in _NEEDED if name not in state]
-    if backbone is None or missing:
-        raise WeightsError(
-            f"{where}: no RetinaNet on {', '.join(_RESNETS.values())}: blocks {kind[0]}, "
-            f"{kind[2]} channels per group; missing: {', '.join(missing) or 'nothing'}"
-        )
+    missing = [
+        name if name not in state else f"{name} of {ndim} dimensions (found {state[name].ndim})"
+        for name, ndim in _NEEDED.items()
+        if name not in state or state[name].ndim != ndim
+    ]
+    known = f"{where}: no RetinaNet on {', '.join(_RESNETS.values())}"
+    if missing:
+        raise WeightsError(f"{known}; missing: {', '.join(missing)}")
+    groups = state["backbone.layer1.0.conv2.weight"].shape[1]
+    kind = (tuple(depths[f"layer{i}"] for i in range(1, 5)), convolutions, groups)
+    if kind not in _RESNETS:
+        raise WeightsError(f"{known}: blocks {kind[0]}, {groups} channels per group")
     per_cell = state["box_head.last.bias"].numel() // 4
     if per_cell != 9:
         raise WeightsError(
@@ -289,7 +299,7 @@ def _network(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     channels = state["pyramid.lateral.0.weight"].shape[0]
     towers = {match[1] for key in state if (match := re.match(r"class_head\.tower\.(\d+)", key))}
     settings: dict[str, Any] = {
-        "backbone": backbone,
+        "backbone": _RESNETS[kind],
         "channels": channels,
         "head_depth": len(towers),
         "p2": "pyramid.lateral.3.weight" in state,
@@ -317,6 +327,9 @@ def _input(
     where no deviation divides them, as with the MSRA weights.
     """
     mean, std = given.get("pixel_mean"), given.get("pixel_std")
+    for name, tensor in (("pixel_mean", mean), ("pixel_std", std)):
+        if tensor is not None and tensor.numel() != 3:
+            raise WeightsError(f"{where}: {name} has {tensor.numel()} values, not 3")
     first = state["backbone.conv1.weight"]
     if std is not None:
         msra = bool((std == 1).all())

@@ -6,6 +6,7 @@ and targets on a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from retinanet.structures import IGNORED, Targets, is_eager, pad_targets
 
+_IMAGES = "images are a tensor (B, 3, H, W) or a list of tensors (3, h, w)"
 _FORM = 'a list with {"boxes": (M, 4), "labels": (M,)} per image'
 
 # Resampling overshoots 255 by less than this; 16-bit images do not.
@@ -35,14 +37,19 @@ def batch_images(
     Returns:
         (B, 3, H, W) on the device of `fill`, and (B, 2) int64 heights and widths before padding.
     """
-    for image in images if len(images) else [images]:
-        if not isinstance(image, Tensor) or image.dim() != 3 or len(image) != 3:
-            shape = tuple(getattr(image, "shape", ()))
-            raise ValueError(
-                f"images are a tensor (B, 3, H, W) or a list of tensors (3, h, w): found "
-                f"{type(images).__name__} with {type(image).__name__} {shape}; convert others with "
-                "torch.from_numpy(array).permute(2, 0, 1)"
-            )
+    if not isinstance(images, Tensor | Sequence) or len(images) == 0:
+        raise ValueError(f"{_IMAGES}: found {_describe(images)}")
+    for image in images:
+        if isinstance(image, Tensor) and image.dim() == 3 and len(image) == 3 and image.numel():
+            continue
+        found = images if isinstance(images, Tensor) else image
+        if not isinstance(found, Tensor):
+            advice = "convert it: torch.from_numpy(np.array(image)).permute(2, 0, 1)"
+        elif found is images and found.dim() == 3:
+            advice = "of a single image give image[None]"
+        else:
+            advice = "three channels come first, and no side is 0"
+        raise ValueError(f"{_IMAGES}: found {_describe(found)}; {advice}")
     dtypes = {image.dtype for image in images}
     if len(dtypes) > 1 or not all(d == torch.uint8 or d.is_floating_point for d in dtypes):
         raise ValueError(
@@ -61,6 +68,11 @@ def batch_images(
     return batch.contiguous(memory_format=torch.channels_last), sizes
 
 
+def _describe(value: Any) -> str:
+    shape = f" {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{type(value).__name__}{shape}"
+
+
 def check_values(images: Tensor | Sequence[Tensor]) -> None:
     """Raise ValueError for float images that are not 0..255; a batch of zeros is accepted.
 
@@ -70,7 +82,9 @@ def check_values(images: Tensor | Sequence[Tensor]) -> None:
         return
     ends = torch.stack([torch.stack(image.detach().aminmax()) for image in images])
     low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
-    if high > _MAX_VALUE:
+    if math.isnan(low):
+        advice = "replace NaN"
+    elif high > _MAX_VALUE:
         advice = "scale them to 0..255"
     elif low < 0 and high < _MAX_NORMALIZED:
         advice = "pass them before they are normalized"
@@ -96,7 +110,7 @@ def batch_targets(
     """
     if isinstance(targets, Targets):
         return targets
-    if isinstance(targets, Mapping | Tensor) or not all(isinstance(t, Mapping) for t in targets):
+    if not isinstance(targets, Sequence) or not all(isinstance(t, Mapping) for t in targets):
         raise ValueError(f"targets are {_FORM}: found {type(targets).__name__}; wrap a single one")
     if len(targets) != num_images:
         raise ValueError(f"targets are {_FORM}: found {len(targets)} for {num_images} images")

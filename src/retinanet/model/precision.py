@@ -17,7 +17,11 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """Return the device called `name`; ``auto`` is the first available of CUDA, MPS and CPU."""
+    """Return the device called `name`; ``auto`` is the first available of CUDA, MPS and CPU.
+
+    Raises:
+        ConfigError: torch does not support the device, or this machine does not have it.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -25,7 +29,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     try:
         device = torch.device(name)
         backend = torch.get_device_module(device.type)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         hint = nearest(str(name), ("auto", "cpu", "cuda", "mps"))
         raise ConfigError(
             f"device {str(name)!r} is not one of auto, cpu, cuda, cuda:1, mps{hint}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,7 @@ class RetinaNet(nn.Module):
     def __init__(self, num_classes: int, spec: ModelSpec | None = None, **settings: Any) -> None:
         super().__init__()
         spec = build_model_spec(spec, **settings)
-        if num_classes < 1:
-            raise ConfigError(f"num_classes is at least 1, got {num_classes}")
+        _check_num_classes(num_classes)
         if spec.pixel_std is not None and min(spec.pixel_std) <= 0:
             raise ConfigError(f"pixel_std must be above 0, got {spec.pixel_std}")
         self.num_classes = num_classes
@@ -129,19 +128,22 @@ class RetinaNet(nn.Module):
             values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device=device)
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, targets: None = None) -> Outputs:
         """Compute raw class logits and box deltas of every anchor.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 or any float type with values 0..255; H and W multiples
                 of 32, padded at the right and the bottom.
+            targets: always None: the losses are those of :meth:`loss`.
 
         Returns:
             The outputs by level: (B, A * K, H_l, W_l) and (B, A * 4, H_l, W_l).
 
         Raises:
-            ValueError: the images have another shape.
+            ValueError: the images have another shape, or targets are given.
         """
+        if targets is not None:
+            raise ValueError("the network takes images only: losses = model.loss(images, targets)")
         if getattr(images, "ndim", None) != 4 or images.shape[1] != 3:
             got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
             raise ValueError(
@@ -280,6 +282,7 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         WeightsError: the weights cannot be downloaded or do not fit.
         MissingExtraError: timm is not installed.
     """
+    _check_num_classes(num_classes)
     spec = build_model_spec(spec, **settings)
     import_own({"backbone": spec.backbone, "head": spec.head})
     start = spec.backbone_weights
@@ -318,6 +321,11 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
     )
     load_backbone(model.backbone, weights)
     return to_channels_last(model)
+
+
+def _check_num_classes(num_classes: Any) -> None:
+    if not isinstance(num_classes, SupportsIndex) or num_classes.__index__() < 1:
+        raise ConfigError(f"num_classes is a whole number of at least 1, got {num_classes!r}")
 
 
 def to_channels_last(model: RetinaNet) -> RetinaNet:

@@ -154,9 +154,18 @@ class RunFolder:
         """Return the data of the run, where they are files; None: there is no run."""
         if not self.info.is_file():
             return None
-        data = Path(str(self._read_info().get("data", "")))
+        info = self._read_info()
+        if info.get("format") == "memory":
+            raise ConfigError(
+                f"{self.path} was trained on data in memory, which no command can read: resume or "
+                f"extend it in Python, rn.train(data, out={str(self.path)!r}, more_epochs=..)"
+            )
+        data = Path(str(info.get("data", "")))
         if not data.exists():
-            raise ConfigError(f"{self.path} was trained on {data}, which is not here: name DATA")
+            raise ConfigError(
+                f"{self.path} was trained on {data}, which does not exist; give DATA, the folder "
+                "or file where these data are now"
+            )
         return data
 
     def recipe_to_extend(self, recipe: Recipe) -> Recipe:
@@ -220,6 +229,8 @@ class RunFolder:
 
     def _check_empty(self) -> None:
         # A run killed before its first state leaves these, and drafts: starting over is right.
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; give a folder as --out")
         own = {path.name for path in (self.config, self.info, self.log, self.unreadable)}
         present = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         others = sorted(

@@ -21,6 +21,7 @@ from retinanet.data.balance import epoch_size
 from retinanet.data.dataset import Dataset
 from retinanet.data.statistics import count_objects
 from retinanet.data.tiling import recommend_tile
+from retinanet.model.backbone import backbone_of
 from retinanet.training.data import (
     recipe_recall,
     sample_with_objects,
@@ -248,11 +249,16 @@ _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 
 
 def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
-    """Choose a small network where there is no GPU."""
+    """Choose the backbone that the weights are of, and a small network where there is no GPU."""
+    weights = recipe.model.backbone_weights
+    if not recipe.states("model.backbone"):
+        if name := backbone_of(weights):
+            yield Choice("model.backbone", name, "model.backbone_weights are weights of it")
+        elif not context.on_gpu and weights in ("default", "none"):
+            reason = "no GPU: under a tenth of ResNet-50's work"
+            yield Choice("model.backbone", "mobilenet_v2", reason)
     if context.on_gpu:
         return
-    if not any(map(recipe.states, ("model.backbone", "model.backbone_weights"))):
-        yield Choice("model.backbone", "mobilenet_v2", "no GPU: under a tenth of ResNet-50's work")
     yield Choice("model.channels", 64, "no GPU: heads that take no longer than the backbone")
     yield Choice("model.head_depth", 2, "likewise")
 

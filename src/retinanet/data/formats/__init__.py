@@ -299,7 +299,11 @@ def _reason(file: Path) -> str:
 
 
 def find_format(path: str | Path) -> str:
-    """Detect the format of a folder or file; errors are those of :func:`find_data`."""
+    """Detect the format of a folder or file.
+
+    Raises:
+        DataError: as :func:`find_data`.
+    """
     return find_data(path).format
 
 

@@ -217,14 +217,14 @@ def _parse_annotation(
     category = to_int(item.get("category_id"))
     if category is None or category not in names:
         reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
-        parsed.report("class-unknown", id_, reason)
+        parsed.report("class-unknown", id_, reason, image=image)
         return
     box = to_box(item.get("bbox"), has_size=True)
     if box is None and not item.get("bbox"):
         box = _mask_box(item.get(JSON_TEXT))
     if box is None:
         reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
-        parsed.report("box-not-a-number", id_, reason)
+        parsed.report("box-not-a-number", id_, reason, image=image)
         return
     label = parsed.label(names[category])
     image.annotations.append(to_annotation(box, label, number, item, _ANNOTATION_KEYS))

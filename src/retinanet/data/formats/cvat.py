@@ -93,7 +93,7 @@ def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
             _parse_box(parsed, image, child, number)
         elif child.tag in _OTHER_SHAPES:
             reason = f"{name}: {child.get('label')!r} is drawn as a {child.tag}, not as a box"
-            parsed.report("shape-not-box", number, reason, split=split)
+            parsed.report("shape-not-box", number, reason, image=image)
         number += child.tag == "box" or child.tag in _OTHER_SHAPES
     return number
 
@@ -106,7 +106,7 @@ def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number
     elif rotation % 360:
         box = enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
         reason = f"{image.name}: object {number} is rotated by {rotation:g} degrees"
-        parsed.report("box-rotated", number, reason, ENCLOSED, split=image.split)
+        parsed.report("box-rotated", number, reason, ENCLOSED, image=image)
     # The values of most boxes are left out: occluded="0", z_order="0".
     texts = {key: element.get(key) for key in _KEPT}
     values = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}

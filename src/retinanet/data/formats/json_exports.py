@@ -68,7 +68,8 @@ def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
             radius = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
             box = (x - radius, y - radius, x + radius, y + radius)
         elif kind not in ("rectangle", "polygon"):
-            parsed.report("shape-not-box", number, f"shape {number} is a {short(kind)}")
+            reason = f"shape {number} is a {short(kind)}"
+            parsed.report("shape-not-box", number, reason, image=image)
             continue
         parsed.add(image, number, str(shape.get("label") or ""), box, short(points))
     return parsed
@@ -98,7 +99,7 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
             box = _via_box(shape)
             if box is None and shape.get("name") in ("point", "polyline"):
                 reason = f"{name}: region {number} is a {shape['name']}"
-                parsed.report("shape-not-box", number, reason)
+                parsed.report("shape-not-box", number, reason, image=image)
                 continue
             class_name = _via_class(_dict(region.get("region_attributes")))
             parsed.add(image, number, class_name, box, short(shape))

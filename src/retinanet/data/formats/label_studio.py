@@ -150,12 +150,12 @@ def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -
         key = to_id(region.get("id")) or number
         if kind in _OTHER_SHAPES:
             reason = f"{name}: region {key} is a {kind}, not a rectangle"
-            parsed.report("shape-not-box", key, reason)
+            parsed.report("shape-not-box", key, reason, image=image)
         elif kind not in _RECTANGLES or (kind == "rectangle" and key in labelled):
             continue
         elif not isinstance(value, dict):
             reason = f"{name}: region {number} is no rectangle: {short(regions[number])}"
-            parsed.report("label-unreadable", number, reason)
+            parsed.report("label-unreadable", number, reason, image=image)
         elif kind != "labels" or "x" in value:
             _parse_region(parsed, image, region, value, key)
 
@@ -170,7 +170,7 @@ def _parse_min(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) ->
             _parse_region(parsed, image, region, region, key)
         elif any(kind in region for kind in _OTHER_SHAPES) or "points" in region:
             reason = f"{_file_name(image)}: region {number} is not a rectangle: {short(region)}"
-            parsed.report("shape-not-box", number, reason)
+            parsed.report("shape-not-box", number, reason, image=image)
 
 
 def _parse_region(
@@ -188,7 +188,7 @@ def _parse_region(
     names = [names] if isinstance(names, str) else names if isinstance(names, list) else []
     names = [name for name in names if isinstance(name, str) and name]
     if not names:
-        parsed.report("class-unknown", key, f"{where} has no label")
+        parsed.report("class-unknown", key, f"{where} has no label", image=image)
         return
     box = to_box([value.get(side) for side in _BOX], has_size=True)
     rotation = to_number(value.get("rotation") or 0)
@@ -200,13 +200,13 @@ def _parse_region(
         or not math.isfinite(rotation + image_rotation)
     ):
         text = ", ".join(f"{side} {short(value.get(side))}" for side in (*_BOX, "rotation"))
-        parsed.report("box-not-a-number", key, f"{where}: {text}: not numbers")
+        parsed.report("box-not-a-number", key, f"{where}: {text}: not numbers", image=image)
         return
     width, height = image.width or 0, image.height or 0
     if image_rotation % 360 or (rotation % 360 and not (width and height)):
         angle = f"{image_rotation or rotation:g} degrees"
         what = "was drawn on the image rotated" if image_rotation else "has no image size, rotated"
-        parsed.report("box-rotated", key, f"{where} {what} by {angle}")
+        parsed.report("box-rotated", key, f"{where} {what} by {angle}", image=image)
         return
     x1, y1, x2, y2 = (side / 100 for side in box)
     if rotation % 360:

@@ -34,6 +34,9 @@ JSON_TEXT = "segmentation"
 DROPPED = "the image is dropped"
 """The fix of an image whose labels cannot be used."""
 
+ALL_FAULTY = "each of its objects is faulty"
+"""The reason for which an image that is no background is dropped."""
+
 ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
 
@@ -266,6 +269,7 @@ class LabelImage:
         annotations: its objects; a label is an index in :attr:`LabelFile.classes`.
         split: that the file states for the image; None: that of the file.
         path: its file, if known; else it is looked for by name.
+        has_faults: an object of it was dropped: without any other it is no background.
     """
 
     name: str
@@ -277,6 +281,7 @@ class LabelImage:
     split: str | None = None
     path: Path | None = None
     other_names: tuple[str, ...] = ()
+    has_faults: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -315,8 +320,12 @@ class LabelFile:
         fix: str = "dropped",
         *,
         split: str | None = None,
+        image: LabelImage | None = None,
     ) -> None:
-        """Add a problem."""
+        """Add a problem, of an image or of a split."""
+        if image is not None:
+            split = image.split
+            image.has_faults |= fix == "dropped"
         problem = Problem(kind, self.file, position, reason, fix)
         self.problems.append((self.split if split is None else split, problem))
 
@@ -338,10 +347,10 @@ class LabelFile:
         """
         where = where or f"{cut(image.name)}: object {number}"
         if not name:
-            self.report("class-unknown", number, f"{where} has no class", split=image.split)
+            self.report("class-unknown", number, f"{where} has no class", image=image)
         elif box is None:
             reason = f"{where} ({name}): {stated}: not four numbers"
-            self.report("box-not-a-number", number, reason, split=image.split)
+            self.report("box-not-a-number", number, reason, image=image)
         else:
             image.annotations.append(to_annotation(box, self.label(name), number, values or {}))
             return True
@@ -575,6 +584,9 @@ def build(
     ids: set[int | str] = set()
     for file, image, path in found:
         built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
+        if image.has_faults and not built.annotations:
+            listed.append(Problem("label-unreadable", path, image.id, ALL_FAULTY, DROPPED))
+            continue
         if path in images:
             images[path] = _merge_images(images[path], built, listed)
             continue
@@ -732,6 +744,7 @@ def _build_image(
                 f"{len(classes.labels)} known"
             )
             problems.append(Problem("class-unknown", file.file, item.id, reason, "dropped"))
+            image.has_faults = True
             continue
         if scaled and width and height and (file.decimals or width * height > 1):
             if not file.decimals:

@@ -83,7 +83,7 @@ def parse(file: Path, *, format: str, split: str | None = None) -> LabelFile:
         name, box, is_ignored = _ROWS[format](line) or ("", None, False)
         if box is None:
             reason = f"row {number + 1} ({cut(line, 60)}) is no row of {format}"
-            parsed.report("label-unreadable", number, reason)
+            parsed.report("label-unreadable", number, reason, image=image)
         elif name in _REGIONS[format]:
             regions.append(Annotation(box, 0, number, crowd=True))
         else:

@@ -301,22 +301,23 @@ def _parse_object(
     where = f"object {number}"
     if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
         reason = f"{where}: is {short(item)}, not {_OBJECT}"
-        parsed.report("label-unreadable", number, reason)
+        parsed.report("label-unreadable", number, reason, image=image)
         return
     name, category = item.get("class"), to_id(item.get("category_id"))
     if not isinstance(name, str):
-        parsed.report("class-unknown", number, f"{where}: its class is {name!r}, not a name")
+        reason = f"{where}: its class is {name!r}, not a name"
+        parsed.report("class-unknown", number, reason, image=image)
         return
     category = category if isinstance(category, int) else None
     expected = category if ids is None else ids.setdefault(name, category)
     if None not in (category, expected) and category != expected:
         reason = f"{where}: class {name!r} has category_id {category}, and {expected} elsewhere"
-        parsed.report("class-unknown", number, reason)
+        parsed.report("class-unknown", number, reason, image=image)
         return
     box = to_box(item.get("box"))
     if box is None:
         reason = f"{where}: box {short(item.get('box'))} is not 4 numbers"
-        parsed.report("box-not-a-number", number, reason)
+        parsed.report("box-not-a-number", number, reason, image=image)
         return
     extra = dict(item.get("extra", {}))
     if JSON_TEXT in extra:

@@ -387,7 +387,7 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
         row = _row(line)
         if isinstance(row, str):
             reason = f"row {number + 1} ({cut(line, 60)}): {row}"
-            parsed.report("label-unreadable", number, reason)
+            parsed.report("label-unreadable", number, reason, image=image)
             continue
         label, values = row
         if len(values) == 4 or keypoints:
