@@ -171,7 +171,6 @@ class ModelConfig(_Section):
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4
     p7_relu: bool = True  # Sec. 4, footnote 2: ReLU between P6 and P7; mmdetection has none
     channels: int = Field(256, ge=1)  # Sec. 4: of the pyramid and of the heads
-    pyramid_norm: Literal["none", "group"] = "none"  # of its levels; the paper has none
     head: Annotated[Literal["conv"], OwnOr] = "conv"  # Sec. 4; or "module:NAME"
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none

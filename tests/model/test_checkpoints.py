@@ -235,7 +235,7 @@ def test_places_without_a_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "weights.pth")
 
 
-@pytest.mark.parametrize("setting", ["p7_relu", "stride_in_1x1", "head", "pyramid_norm"])
+@pytest.mark.parametrize("setting", ["p7_relu", "stride_in_1x1", "head"])
 def test_checkpoint_without_a_later_setting_has_its_default(folder: Path, setting: str) -> None:
     _edit(lambda values: values["network"].pop(setting))(folder)
     spec = load_checkpoint(folder).model.spec

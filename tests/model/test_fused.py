@@ -72,7 +72,6 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
         {"stride_padding": "same"},
         {"norm": "group"},
         {"head_norm": "group"},
-        {"pyramid_norm": "group"},
         {"head_depth": 0},
         {"backbone": "timm/resnet18"},
         {"backbone": "timm/efficientnet_b0"},

@@ -127,21 +127,6 @@ def test_group_norm_in_the_heads() -> None:
     assert all(block[0].bias is None for block in model.class_head.tower)
 
 
-def test_group_norm_of_the_pyramid_makes_levels_of_one_size() -> None:
-    model = _net(channels=64, pyramid_norm="group")
-    maps = [
-        scale * torch.randn(2, width, 64 // s, 64 // s)
-        for width, s, scale in ((128, 2, 10.0), (256, 4, 5.0), (512, 8, 1.0))
-    ]
-    for level in model.pyramid(maps):
-        # 32 groups of two channels: mean 0 and deviation 1 in each image.
-        groups = level.detach().reshape(2, 32, -1)
-        torch.testing.assert_close(groups.mean(2), torch.zeros(2, 32), atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            groups.var(2, correction=0), torch.ones(2, 32), atol=1e-3, rtol=0
-        )
-
-
 def test_normalisation_is_inside(small: RetinaNet) -> None:
     seen = []
     handle = small.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -180,7 +165,6 @@ def test_images_of_another_shape_are_refused(
         ({"backbone_weights": "default"}, "set backbone_weights to none"),
         ({"p6_from": "c6"}, "p6_from: .*got 'c6'"),
         ({"head_norm": "batch"}, "head_norm: .*got 'batch'"),
-        ({"pyramid_norm": "batch"}, "pyramid_norm: .*got 'batch'"),
         ({"prior": 1.0}, "prior: Input should be less than 1"),
         ({"chanels": 8}, "unknown setting 'chanels'; did you mean model.channels"),
         ({"num_classes": 0}, "num_classes is at least 1, got 0"),

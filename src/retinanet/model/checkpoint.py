@@ -48,7 +48,7 @@ NETWORK = tuple(
 )
 
 # Settings that older files of version 1 lack: their defaults are what those networks have.
-ADDED = ("p7_relu", "stride_in_1x1", "head", "pyramid_norm")
+ADDED = ("p7_relu", "stride_in_1x1", "head")
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ def transfer_weights(
 
 def _shifted(name: str, levels: int) -> str:
     """Rename a tensor of the pyramid, whose levels count from P2 in one model and P3 in another."""
-    match = re.fullmatch(r"(pyramid\.(?:lateral|output|norms)\.)(\d+)(\..+)", name)
+    match = re.fullmatch(r"(pyramid\.(?:lateral|output)\.)(\d+)(\..+)", name)
     return f"{match[1]}{int(match[2]) + levels}{match[3]}" if match else name
 
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retinanet.model.backbone import group_norm
-
 
 class FeaturePyramid(nn.Module):
     """Lateral connections, a top-down sum, and two coarser levels.
@@ -23,19 +21,10 @@ class FeaturePyramid(nn.Module):
         channels: of every level.
         p6_from: "c5" (the paper) or "p5".
         p7_relu: apply ReLU to P6 before P7 (the paper).
-        norm: of every level: "none" (the paper) or "group" (Wu and He 2018, Sec. 4.2). The linear
-            maps of some backbones are several times larger on fine levels than on coarse ones
-            (MobileNetV2: 6 to 1), and the heads are shared.
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int,
-        p6_from: str,
-        *,
-        p7_relu: bool = True,
-        norm: str = "none",
+        self, in_channels: Sequence[int], channels: int, p6_from: str, *, p7_relu: bool = True
     ) -> None:
         super().__init__()
         self.p6_from, self.p7_relu = p6_from, p7_relu
@@ -46,10 +35,6 @@ class FeaturePyramid(nn.Module):
         coarsest = in_channels[-1] if p6_from == "c5" else channels
         self.p6 = nn.Conv2d(coarsest, channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.norms = nn.ModuleList(
-            group_norm(channels) if norm == "group" else nn.Identity()
-            for _ in range(len(in_channels) + 2)
-        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # Detectron's Xavier fill, the pyramid authors' own: uniform, variance 1 / fan in.
@@ -66,8 +51,7 @@ class FeaturePyramid(nn.Module):
             inner = side + F.interpolate(inner, size=side.shape[-2:], mode="nearest")
             levels.insert(0, self.output[i](inner))
         p6 = _halve(self.p6, maps[-1] if self.p6_from == "c5" else levels[-1])
-        p7 = _halve(self.p7, F.relu(p6) if self.p7_relu else p6)
-        return tuple(norm(level) for norm, level in zip(self.norms, (*levels, p6, p7), strict=True))
+        return (*levels, p6, _halve(self.p7, F.relu(p6) if self.p7_relu else p6))
 
 
 def _halve(convolution: nn.Conv2d, level: Tensor) -> Tensor:

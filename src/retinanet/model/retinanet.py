@@ -112,9 +112,7 @@ class RetinaNet(nn.Module):
                 f"backbone {spec.backbone!r} has no feature map at stride 4: set p2=false"
             )
         per_cell = self.anchors.per_cell
-        self.pyramid = FeaturePyramid(
-            widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu, norm=spec.pyramid_norm
-        )
+        self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         self.class_head = build_head(spec, per_cell * num_classes)
         self.box_head = build_head(spec, per_cell * 4)
         self.class_layer = last_convolution(self.class_head, per_cell * num_classes)
