@@ -141,6 +141,14 @@ def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
     assert "matching.low_quality_matches" not in chosen(squares(100, 3), recipe="paper_quick")
 
 
+def test_several_classes_take_group_norm_in_the_heads() -> None:
+    assert "model.head_norm" not in chosen(squares(100, 3))
+    dataset = squares(100, 3, classes=2)
+    assert chosen(dataset, on_gpu=True)["model.head_norm"] == "group"
+    for stated in ("model.head_norm=none", "model.head=torch.nn:Conv2d"):
+        assert "model.head_norm" not in chosen(dataset, stated)
+
+
 def test_without_a_gpu_the_network_is_small() -> None:
     found = chosen(squares(100, 3))
     assert found == {"model.backbone": "mobilenet_v2", "model.channels": 64, "model.head_depth": 2}

@@ -89,7 +89,7 @@ LENGTH_SETTINGS = ("train.steps", "train.epochs")
 
 CHOSEN_SETTINGS = (
     *LENGTH_SETTINGS,
-    *("model.backbone", "model.channels", "model.head_depth"),
+    *("model.backbone", "model.channels", "model.head_depth", "model.head_norm"),
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
     "data.rotate90",
@@ -248,8 +248,12 @@ class _Labels:
 _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 
 
-def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
-    """Choose the backbone that the weights are of, and a small network where there is no GPU."""
+def _network(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
+    """Choose backbone and heads; a small network where there is no GPU."""
+    classes = len(data.train.classes)
+    if classes > 1 and recipe.model.head == "conv":
+        # Wu and He 2018; one class gained nothing (docs/accuracy.md).
+        yield Choice("model.head_norm", "group", f"tells {classes} classes apart sooner")
     weights = recipe.model.backbone_weights
     if not recipe.states("model.backbone"):
         if name := backbone_of(weights):
