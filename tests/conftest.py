@@ -70,6 +70,12 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_backbone() -> None:
+    """Register the backbone ``tiny``, which nearly all tests that need a network use."""
+    import tiny_backbone  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Return the folder of real data sets; tests that use it are marked ``data``."""

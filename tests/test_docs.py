@@ -23,7 +23,6 @@ from retinanet.cli.app import app
 from retinanet.config import build_recipe, keyword_settings, load_recipe, setting_names
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.trainer import train
-from tiny_backbone import tiny_backbone as tiny_backbone
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PAGES = {
@@ -61,7 +60,7 @@ def pages_with(*languages: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def desk(tiny_backbone: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the examples read: cells/, runs/cells, street.jpg."""
     folder = tmp_path_factory.mktemp("desk")
     splits = synthetic_dataset(folder / "cells", splits={"train": 4, "val": 2}, image_size=64)

@@ -1,23 +1,25 @@
-"""A backbone of three convolutions, for tests in which the backbone does not matter."""
+"""A network of few convolutions, and its backbone ``tiny``, for tests of other things."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import pytest
+import torch
 from torch import Tensor, nn
 
 from retinanet.model.backbone import BACKBONES, Backbone
+from retinanet.model.retinanet import RetinaNet
 
 
 class TinyBackbone(Backbone):
-    """C3, C4 and C5 by one convolution each; no C2."""
+    """C2 to C5 by one convolution each."""
 
-    channels = (0, 32, 64, 256)
+    channels = (16, 32, 64, 256)
 
     def __init__(self, name: str, norm_layer: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        layers = ((3, 32, 9, 8, 4), (32, 64, 3, 2, 1), (64, 256, 3, 2, 1))
+        layers = ((3, 16, 5, 4, 2), (16, 32, 3, 2, 1), (32, 64, 3, 2, 1), (64, 256, 3, 2, 1))
         self.stages = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(before, after, side, stride, padding, bias=False),
@@ -27,17 +29,26 @@ class TinyBackbone(Backbone):
             for before, after, side, stride, padding in layers
         )
 
-    def forward(self, images: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        c3 = self.stages[0](images)
-        c4 = self.stages[1](c3)
-        return None, c3, c4, self.stages[2](c4)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps = [images]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return tuple(maps[1:])
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
-        return [[], [], *(list(stage.parameters()) for stage in self.stages)]
+        return [[], *(list(stage.parameters()) for stage in self.stages)]
 
 
-@pytest.fixture(scope="session")
-def tiny_backbone() -> str:
-    """Register the backbone until the tests end, and return its name."""
-    BACKBONES["tiny"] = TinyBackbone
-    return "tiny"
+BACKBONES["tiny"] = TinyBackbone
+
+
+def tiny_network(num_classes: int = 2, *, spread: bool = False, **settings: Any) -> RetinaNet:
+    """A network with random weights, in eval mode; `spread`: whose scores differ."""
+    torch.manual_seed(0)
+    small = {"backbone": "tiny", "norm": "group", "channels": 16, "head_depth": 1}
+    model = RetinaNet(num_classes, **(small | settings)).eval()
+    for head in (model.class_head, model.box_head) if spread else ():
+        for parameter in head.parameters():
+            if parameter.dim() > 1:
+                nn.init.kaiming_normal_(parameter)
+    return model

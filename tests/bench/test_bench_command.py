@@ -102,14 +102,6 @@ def test_bench_command_prints_what_was_measured_before_an_error(
         assert "error: 1 of 2 rows failed: toy, int8" in printed.err
 
 
-def test_bench_command_unknown_stage_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--device", "cpu", "tooy"]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "did you mean toy?" in printed.err
-    assert len(printed.err.strip().splitlines()) == 1
-
-
 def test_bench_command_help_lists_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())

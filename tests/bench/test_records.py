@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from retinanet.bench import STAGES, Machine, Row, Setting, Timing, describe_machine
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def script(name: str) -> Iterator[ModuleType]:
-    spec = util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+@pytest.fixture
+def curves() -> Any:
+    return load_script("curves")
 
 
-@pytest.fixture(scope="module")
-def curves() -> Iterator[Any]:
-    yield from script("curves")
+@pytest.fixture
+def goals() -> Any:
+    return load_script("goals")
 
 
-@pytest.fixture(scope="module")
-def goals() -> Iterator[Any]:
-    yield from script("goals")
+@pytest.fixture
+def record() -> Any:
+    return load_script("record")
 
 
-@pytest.fixture(scope="module")
-def record() -> Iterator[Any]:
-    yield from script("record")
-
-
-@pytest.fixture(scope="module")
-def on_gpu() -> Iterator[Any]:
-    yield from script("on_gpu")
+@pytest.fixture
+def on_gpu() -> Any:
+    return load_script("on_gpu")
 
 
 def points(*values: tuple[int, float, int | None]) -> list[dict[str, Any]]:

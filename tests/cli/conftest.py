@@ -13,7 +13,6 @@ import pytest
 from retinanet.cli import main
 from retinanet.data import convert
 from retinanet.data.synthetic import synthetic_dataset
-from tiny_backbone import tiny_backbone as tiny_backbone
 
 TINY = (
     "auto=false",
@@ -47,11 +46,6 @@ class Ended:
 
 
 Cli = Callable[..., Ended]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _backbone(tiny_backbone: str) -> None:
-    pass
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from retinanet.cli import app
 from .conftest import TINY, Cli
 
 TO_NEW = "{run} {data} --out={new}"
+TABLE3 = "paper run table3 --data={data}"
 
 # Arguments, and a part of the message.
 BAD_USAGE = [
@@ -82,8 +83,41 @@ BAD_USAGE = [
         "report speed-accuracy {run} --data={data} --precision=int8 --device=cpu --scale=64",
         "--calibrate FOLDER",
     ),
+    ("detect {run} clip.mp4 a.jpg --out={new}", "one call: a.jpg is no video"),
+    ("export nowhere --to onx", "did you mean onnx"),
+    ("export nowhere --to openvino --int8 --fp16", "choose one"),
+    ("export nowhere --to onnx --aot", "--aot is for --to torch, got --to onnx"),
+    ("export nowhere", "--to"),
+    ("serve {run} --port=-1", "--port is out of range: -1"),
+    ("serve {run} --host=256.256.256.256 --port=0", "invalid --host: 256.256.256.256"),
+    ("serve {run} --queue=0", "--queue is out of range: 0"),
+    ("serve {run} --api-key=", "invalid API key"),
+    ("serve {run} --port=0 --score-threshold=2", "score_threshold"),
+    ("paper run table1", "did you mean table1"),
+    ("paper run tabel", "fig7, all"),
+    ("paper run table1b --row=gamma2", "did you mean gamma=2"),
+    ("paper run fig1 --row=gamma=2", "fig1 has no row to train"),
+    ("paper run table1a", "name the data: --data DIR"),
+    ("paper run all", "name the data"),
+    (f"{TABLE3} --steps=9 --budget=9min", "use one of them"),
+    (f"{TABLE3} --full --steps=9", "use one of them"),
+    (f"{TABLE3} --full --image-size=64", "leave out --recipe"),
+    (f"{TABLE3} --budget=soon", "90s, 20min or 2h"),
+    (f"{TABLE3} --budget=0min", "invalid --budget '0min'"),
+    (f"{TABLE3} --steps=20 --backbone=resnet19", "resnet19"),
+    (f"{TABLE3} --steps=20 --device=tpu", "tpu"),
+    (f"{TABLE3} --steps=20 train.seed=7", "set by --seeds"),
+    (f"{TABLE3} --steps=20 train.epochs=7", "set by --steps or"),
+    (f"{TABLE3} --steps=20 model.backbone=a", "set by --backbone"),
+    (f"{TABLE3} --steps=20 loss.gamma=3", "set by the rows"),
+    (f"{TABLE3} --steps=20 train.lrr=1", "did you mean train.lr?"),
+    ("paper run table1e --data={data} --steps=20 --image-size=40", "a larger --image-size"),
+    ("paper run table1d --data={data} --steps=20 --image-size=32", "a larger --image-size"),
 ]
 FAILED = [
+    ("export nowhere --to onnx", "nowhere"),
+    ("serve nowhere", "nowhere"),
+    ("paper run table3 --data={new} --steps=20", "there is no such file or folder"),
     ("train {new}", "there is no such file or folder"),
     ("data check {empty}", "no labelled data found in 0 images"),
     ("evaluate {run} {data} --split tset", "did you mean test?"),
@@ -134,6 +168,7 @@ def test_error_is_one_line(
     assert len(lines) == 1, ended.err
     assert lines[0].startswith("error: ")
     assert message.format(**paths) in lines[0]
+    assert not Path(paths["new"]).exists()
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:

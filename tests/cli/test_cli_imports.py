@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet import Checkpoint, build_retinanet, save_checkpoint
+from retinanet import Checkpoint, save_checkpoint
 from retinanet.kernels import native
+from tiny_backbone import tiny_network
 
 # torchvision imports torch's compiler (torch._dynamo, with sympy): 1,000 modules.
 HEAVY = (
@@ -20,17 +21,19 @@ HEAVY = (
 )  # fmt: skip
 
 
-def imported(*words: object) -> list[str]:
-    """Run a command in a fresh process and return the heavy modules that it imported."""
+def imported(*commands: tuple[object, ...], first: str = "") -> list[list[str]]:
+    """Run commands in a fresh process; return the heavy modules imported after each of them."""
+    words = [[str(word) for word in command] for command in commands]
     code = (
-        "import sys; from retinanet.cli import main\n"
-        f"assert main({[str(word) for word in words]!r}) == 0\n"
-        f"print(*(name for name in {HEAVY!r} if name in sys.modules))"
+        f"import sys; from retinanet.cli import main\n{first}\n"
+        f"for words in {words!r}:\n"
+        "    assert main(words) == 0\n"
+        f"    print('heavy', *(name for name in {HEAVY!r} if name in sys.modules))"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].split()
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return [line[1:] for line in lines if line[:1] == ["heavy"]]
 
 
 @pytest.fixture
@@ -44,11 +47,8 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    network = build_retinanet(
-        1, backbone="mobilenet_v2", backbone_weights="none", norm="trained", channels=8,
-        head_depth=1, prior=0.5,
-    )  # fmt: skip
-    checkpoint = Checkpoint(network.eval(), ("0",), (0,), 64, 64, {"loss": {}})
+    network = tiny_network(1, backbone="mobilenet_v2", norm="trained", prior=0.5)
+    checkpoint = Checkpoint(network, ("0",), (0,), 64, 64, {"loss": {}})
     return save_checkpoint(tmp_path / "model", checkpoint)
 
 
@@ -57,28 +57,25 @@ def model(tmp_path: Path) -> Path:
 def test_detect_and_evaluate_import_nothing_heavy(tmp_path: Path, model: Path, image: Path) -> None:
     out = tmp_path / "found"
     options = ("--out", out, "--device", "cpu")
-    assert imported("detect", model, image, "--draw-threshold", ".1", *options) == []
+    detect, evaluate = imported(
+        ("detect", model, image, "--draw-threshold", ".1", *options),
+        ("evaluate", model, image.parent, "--split=all", *options),
+    )
+    assert detect == []
     assert (out / "detections.json").is_file()
     # The metrics are hotcoco's; matplotlib draws the plots.
-    evaluate = imported("evaluate", model, image.parent, "--split=all", *options)
     assert set(evaluate) <= {"hotcoco", "matplotlib"}
     assert (out / "metrics.json").is_file()
 
 
-def test_data_check_imports_nothing_heavy(image: Path) -> None:
-    assert imported("data", "check", image.parent) == []
-
-
-def test_data_check_prints_its_first_line_before_importing_torch(image: Path) -> None:
-    code = (
-        "import os, sys; import retinanet.cli.data as command; from retinanet.cli import main\n"
-        "command.note = lambda *_, **options: (\n"
-        "    print(len(sys.modules), *({'torch', 'pandas'} & {*sys.modules}), flush=True),\n"
-        "    os._exit(0),\n"
-        ")\n"
-        f"main(['data', 'check', {str(image.parent)!r}])"
+def test_data_check_imports_nothing_heavy_and_no_torch_before_its_first_line(image: Path) -> None:
+    first = (
+        "import retinanet.cli.data as command; note = command.note\n"
+        "def look(*words, **options):\n"
+        "    print('heavy', len(sys.modules), *({'torch', 'pandas'} & {*sys.modules}))\n"
+        "    command.note = note; note(*words, **options)\n"
+        "command.note = look"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    count, *heavy = done.stdout.split()
-    assert heavy == []
+    (count, *heavy), after = imported(("data", "check", image.parent), first=first)
+    assert heavy == after == []
     assert int(count) < 650  # under two seconds

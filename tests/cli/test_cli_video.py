@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 from fractions import Fraction
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import clips
 from retinanet.cli import main
 from retinanet.video import detect as video
 from retinanet.video import reading as video_reading
 
 from .conftest import Cli
-
-av: Any = __import__("av")
 
 QUICK = ("--device=cpu", "--precision=float32")
 
@@ -28,22 +26,14 @@ QUICK = ("--device=cpu", "--precision=float32")
 def write_clip(file: Path, frames: int = 6, codec: str = "libx264") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
-    with av.open(str(file), "w") as out:
-        stream = out.add_stream(codec, rate=25)
-        stream.height, stream.width = 64, 96
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 25)
-        for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.roll(noise, i, 1), format="rgb24")
-            frame.pts = i
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+    images = [np.roll(noise, i, 1) for i in range(frames)]
+    form = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    clips.write_clip(file, images, codec=codec, form=form, time_base=Fraction(1, 25))
     return file
 
 
 def num_frames(file: Path) -> int:
-    with av.open(str(file)) as video:
-        return sum(1 for _ in video.decode(video=0))
+    return len(clips.read_clip(file)[0])
 
 
 def read_lines(file: Path) -> list[Any]:
@@ -138,36 +128,11 @@ def test_ctrl_c_before_the_first_frame(
     assert [file.name for file in out.iterdir()] == [".retinanet-outputs"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"no video", "error: {clip}: not a video of any known format"),
-        (b"", "error: {clip}: is empty"),
-        (None, "error: {clip}: there is no such file or folder"),
-    ],
-)
-def test_the_only_video_is_unreadable(
-    cli: Cli, tiny_run: Path, tmp_path: Path, out: Path, content: bytes | None, message: str
-) -> None:
-    clip = tmp_path / "clip.mp4"
-    if content is not None:
-        clip.write_bytes(content)
-    ended = cli("detect", tiny_run, clip, "--out", out, *QUICK)
-    assert ended.code == 1
-    assert message.format(clip=clip) in ended.err.splitlines()[-1]
-    assert len(ended.err.splitlines()) == 2  # the network, and the error
-
-
 def test_broken_frames_are_counted_with_exit_code_1(
     cli: Cli, tiny_run: Path, tmp_path: Path, out: Path
 ) -> None:
     clip = write_clip(tmp_path / "clip.mov", codec="mjpeg")
-    with av.open(str(clip)) as opened:
-        packets = [(packet.pos, packet.size) for packet in opened.demux(video=0) if packet.size]
-    content = bytearray(clip.read_bytes())
-    for position, size in packets[2:4]:
-        content[position : position + size] = b"\xff" * size
-    clip.write_bytes(content)
+    clips.damage(clip, (2, 3))
     ended = cli("detect", tiny_run, clip, "--out", out, *QUICK)
     assert ended.code == 1
     assert f"{clip}: 2 broken frames skipped" in ended.err
@@ -185,7 +150,7 @@ def test_truncated_video_is_kept_with_exit_code_1(
     assert ended.code == 1
     [summary] = ended.json["videos"]
     assert summary["frames"] + summary["broken"] + summary["missing"] == 40
-    assert 15 < summary["frames"] < 25
+    assert 10 < summary["frames"] < 25
     assert num_frames(out / "clip.mp4") == summary["frames"]
 
 
@@ -201,18 +166,12 @@ def test_outputs_are_not_inputs_of_the_next_call(
     assert "is an output of an earlier detection" in ended.err
 
 
-def test_videos_and_images_in_one_call_are_an_error(
-    cli: Cli, tiny_run: Path, clip: Path, tmp_path: Path, out: Path
-) -> None:
-    ended = cli("detect", tiny_run, clip, tmp_path / "a.jpg", "--out", out, *QUICK)
-    assert ended.code == 2
-    assert f"videos and images in one call: {tmp_path / 'a.jpg'} is no video" in ended.err
-
-
 def test_missing_camera_is_an_error(cli: Cli, tiny_run: Path, out: Path) -> None:
     ended = cli("detect", tiny_run, "97", "--out", out, *QUICK)
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].startswith("error: camera 97: cannot be opened: ")
+    _, error = ended.err.splitlines()  # the network, and the error
+    assert error.startswith("error: camera 97: cannot be opened: ")
+    assert "is it plugged in" in error
 
 
 def test_int8_is_calibrated_on_the_first_readable_video(
@@ -231,18 +190,6 @@ def test_int8_is_calibrated_on_the_first_readable_video(
     assert {image.shape for image in calibrations[0]} == {(64, 96, 3)}
     ended = cli("detect", tiny_run, bad, "--precision=int8", "--out", out)
     assert f"{bad}: not a video of any known format" in ended.err
-
-
-def test_missing_extra_is_an_error(
-    cli: Cli, tiny_run: Path, clip: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    ended = cli("detect", tiny_run, clip, "--out", out)
-    assert ended.code == 1
-    [line] = ended.err.splitlines()
-    assert line.endswith(
-        "PyAV is not installed; it comes with an extra: pip install 'retinanet[video]'"
-    )
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch import nn
 
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
-from retinanet.model.retinanet import RetinaNet
-from tiny_backbone import tiny_backbone as tiny_backbone
+from tiny_backbone import tiny_network
 
 DETECT = {
     "score_threshold": 0.3,
@@ -25,14 +23,9 @@ DETECT = {
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tiny_backbone: str) -> Checkpoint:
-    torch.manual_seed(0)
-    model = RetinaNet(backbone=tiny_backbone, num_classes=3, channels=16, head_depth=1)
-    for head in (model.class_head, model.box_head):
-        for parameter in head.parameters():
-            if parameter.dim() > 1:
-                nn.init.kaiming_normal_(parameter)
-    model.class_head.last.weight.data.mul_(4)
+def checkpoint() -> Checkpoint:
+    model = tiny_network(3, norm="frozen", spread=True)
+    model.class_head.last.weight.data.mul_(8)
     nn.init.constant_(model.class_head.last.bias, -3.0)
     model.box_head.last.weight.data.mul_(0.02)  # else boxes cover all or nothing
     return Checkpoint(model, ("ä", "b", "c"), (7, 9, 11), 64, 96, {"detect": DETECT})

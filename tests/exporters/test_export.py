@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from torch import Tensor
 
+from retinanet.anchors import anchor_spec
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
@@ -22,6 +25,7 @@ from retinanet.exporters.run import SUFFIXES, calibration_inputs, export
 from retinanet.exporters.validate import TOLERANCES, Tolerance, compare, match, validate_file
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
+from retinanet.model.fpn import FeaturePyramid
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 
@@ -34,7 +38,7 @@ WIDE = ("score=1", "box=1000", "apart=1")
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "torch": ("torch", {}),
-    "raw": ("torch", {"form": "scores"}),
+    "raw": ("onnx", {"form": "scores"}),
     "onnx": ("onnx", {}),
     "openvino": ("openvino", {}),
     "fp16": ("openvino", {"precision": "fp16"}),
@@ -63,7 +67,7 @@ def export_all(run: Path, images: Path, paths: dict[str, Path]) -> None:
             calibrate = {"calibrate": str(images)} if name == "int8" else {}
             # Whole images of noise are not compared: engines resize them differently.
             report = export(
-                run, to, out=paths[name], images=4, tolerance=WIDE, **options, **calibrate
+                run, to, out=paths[name], images=2, tolerance=WIDE, **options, **calibrate
             )
             assert report.passed
             if name in ("onnx", "raw", "openvino", "torch"):
@@ -152,11 +156,8 @@ def test_python_of_the_export_page_runs(
     assert min(counts) > 0
 
 
-@pytest.mark.slow
-def test_onnx_without_nms_outputs_every_anchor(run: Path, tmp_path: Path) -> None:
-    report = export(run, "onnx", out=tmp_path / "raw.onnx", form="scores", images=4, tolerance=WIDE)
-    assert report.network_size.score < 1e-4
-    raw = onnx.load(report.file)
+def test_onnx_without_nms_outputs_every_anchor(files: dict[str, Path]) -> None:
+    raw = onnx.load(files["raw"])
     assert "NonMaxSuppression" not in {node.op_type for node in raw.graph.node}
     assert [output.name for output in raw.graph.output] == ["boxes", "scores"]
 
@@ -201,7 +202,7 @@ def test_built_in_thresholds_can_only_be_narrowed(files: dict[str, Path], images
 def test_exported_file_has_score_thresholds_by_class(
     files: dict[str, Path], eager: Detector, images: Path, form: str
 ) -> None:
-    own = {"ä": 0.9, "b": 0.4}
+    own = {"ä": 0.9, "b": 0.6, "c": 0.5}
     detector = load(files[form], device="cpu", score_thresholds=own)
     size = read_image(images / "3.png")  # of the network's size: nothing is resized
     found, expected = detector.detect(size), eager.detect(size, score_thresholds=own)
@@ -252,23 +253,6 @@ def test_exported_file_has_no_network_outputs(files: dict[str, Path], images: Pa
         detector.network(torch.zeros(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        ("nowhere --to onnx", 1, "nowhere"),
-        ("nowhere --to onx", 2, "did you mean onnx"),
-        ("nowhere --to openvino --int8 --fp16", 2, "choose one"),
-        ("nowhere --to onnx --aot", 2, "--aot is for --to torch, got --to onnx"),
-        ("nowhere", 2, "--to"),
-    ],
-)
-def test_command_line_errors(
-    capsys: pytest.CaptureFixture[str], arguments: str, code: int, message: str
-) -> None:
-    assert main(["export", *arguments.split()]) == code
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("same", [True, False], ids=["same network", "another network"])
 def test_export_validates_the_file(
     files: dict[str, Path],
@@ -303,16 +287,20 @@ def test_export_validates_the_file(
 def test_export_of_some_classes_detects_these_only(
     checkpoint: Checkpoint, eager: Detector, images: Path, tmp_path: Path
 ) -> None:
-    report = export(checkpoint, "torch", out=tmp_path / "m.pt2", classes=["c", "ä"], images=2)
+    report = export(
+        checkpoint, "torch", out=tmp_path / "m.pt2", form="scores", classes=["c", "ä"], images=2
+    )
     assert report.passed
     some = load(tmp_path / "m.pt2", device="cpu")
     assert (some.classes, some.category_ids) == (("ä", "c"), (7, 11))
     expected = Detector(checkpoint, device="cpu", precision="float32", classes=["ä", "c"])
-    for own, other in zip(some.detect(images), expected.detect(images), strict=True):
+    pairs = list(zip(some.detect(images), expected.detect(images), strict=True))
+    assert sum(len(own) for own, _ in pairs) > 10
+    for own, other in pairs:
         names = [
             [found.name_of(label) for label in found.labels.tolist()] for found in (own, other)
         ]
-        assert names[0] == names[1] != []
+        assert names[0] == names[1]
         torch.testing.assert_close(own.scores, other.scores, atol=1e-4, rtol=0)
     with pytest.raises(ConfigError, match="unknown class 'x': the 3 classes of the model are"):
         export(checkpoint, "torch", out=tmp_path / "n.pt2", classes=["x"])
@@ -478,18 +466,32 @@ def test_int8_is_not_calibrated_on_validation_images(
     assert calls == [{"split": "train", "extras": False, "seed": 5, "val_fraction": 0.3}]
 
 
+class TwoLevels(FeaturePyramid):
+    """P4 and P5 only: compiling five levels takes more than twice as long."""
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return super().forward(maps[1:])[:2]
+
+
 @pytest.mark.slow
-def test_aotinductor(checkpoint: Any, tmp_path: Path, images: Path) -> None:
+def test_aotinductor(checkpoint: Checkpoint, tmp_path: Path, images: Path) -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    model = copy.deepcopy(checkpoint.model)
+    model.pyramid = TwoLevels(model.backbone.channels[-2:], model.spec.channels, "c5")
+    model.strides = (16, 32)
+    model.anchors = anchor_spec(model.strides)
     # Without vector instructions: most of the compilation simplifies the strides of vectors.
-    with torch._inductor.config.patch({"cpp.simdlen": 1}):
+    quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
+    with torch._inductor.config.patch(quick):
         report = export(
-            checkpoint,
+            replace(checkpoint, model=model.eval()),
             "aotinductor",
             out=tmp_path / "m.pt2",
             image_size=160,
             max_size=256,
+            score_threshold=0.05,
             images=3,
         )
     assert report.passed, report.failures

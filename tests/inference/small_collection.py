@@ -17,10 +17,10 @@ from retinanet.model.retinanet import RetinaNet
 SETTINGS: dict[str, Any] = {"device": "cpu", "precision": "float32"}
 
 
-def save_small_model(folder: Path, seed: int = 0) -> Path:
+def save_small_model(folder: Path, seed: int = 0, backbone: str = "tiny") -> Path:
     """Save random weights that give different scores."""
     torch.manual_seed(seed)
-    model = RetinaNet(backbone="mobilenet_v2", num_classes=2, channels=16, head_depth=1, prior=0.1)
+    model = RetinaNet(backbone=backbone, num_classes=2, channels=16, head_depth=1, prior=0.1)
     for weights in model.parameters():
         if weights.dim() == 4 and weights.shape[1] > 1:
             torch.nn.init.kaiming_normal_(weights)

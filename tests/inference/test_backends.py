@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from white_finder import WhiteFinder, black
+from torch import Tensor
 
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.inference import Detector, openvino_backend
 from retinanet.inference.backends import Network, build_network, detect_batch, to_original
 from retinanet.model.checkpoint import Checkpoint
-from retinanet.model.retinanet import RetinaNet, build_retinanet
+from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Outputs
+from tiny_backbone import tiny_network
+from white_finder import WhiteFinder, black
 
 CPU = torch.device("cpu")
 needs_openvino = pytest.mark.skipif(
@@ -30,23 +31,22 @@ needs_openvino = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@cache
+def random_model(backbone: str = "tiny") -> RetinaNet:
+    return tiny_network(20, backbone=backbone, norm="frozen", spread=True)
+
+
+@pytest.fixture
 def model() -> RetinaNet:
-    torch.manual_seed(0)
-    built = RetinaNet(backbone="resnet18", num_classes=20, channels=16, head_depth=1)
-    for head in (built.class_head, built.box_head):
-        for parameter in head.parameters():
-            if parameter.dim() > 1:
-                nn.init.kaiming_normal_(parameter)
-    return built
+    return random_model()
 
 
 @pytest.fixture(scope="module")
-def openvino_network(model: RetinaNet) -> Iterator[Callable[[str], Network]]:
-    """Networks of one conversion, by precision."""
+def openvino_network() -> Iterator[Callable[[RetinaNet, str], Network]]:
+    """Networks of one conversion per model, by precision."""
     convert, calibration = cache(openvino_backend.convert), [random_images(1, 3, 96, 128)] * 2
 
-    def build(precision: str) -> Network:
+    def build(model: RetinaNet, precision: str) -> Network:
         images = calibration if precision == "int8" else None
         return build_network(
             model, CPU, precision=precision, backend="openvino", calibration=images
@@ -111,16 +111,21 @@ def test_compiled_network_outputs_equal_the_model(model: RetinaNet) -> None:
 @needs_openvino
 @pytest.mark.filterwarnings("ignore:int8 outputs differ")
 @pytest.mark.parametrize(
-    ("precision", "tolerance"),
-    [("float32", 1e-4), ("bf16", 0.1), pytest.param("int8", 0.3, marks=pytest.mark.slow)],
+    ("backbone", "precision", "tolerance"),
+    [
+        ("resnet18", "float32", 1e-4),
+        ("tiny", "bf16", 0.1),
+        pytest.param("tiny", "int8", 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_openvino_network_outputs_equal_the_model(
-    model: RetinaNet,
-    openvino_network: Callable[[str], Network],
+    openvino_network: Callable[[RetinaNet, str], Network],
+    backbone: str,
     precision: str,
     tolerance: float,
 ) -> None:
-    network = openvino_network(precision)
+    model = random_model(backbone)
+    network = openvino_network(model, precision)
     assert check_network(network, model, precision, "openvino", *SHAPES) <= tolerance
     images = random_images(1, 3, 64, 64)
     expected = network(images)
@@ -265,15 +270,7 @@ def test_detect_batch_maps_each_image_by_its_own_size() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_detects_about_the_same(precision: str) -> None:
-    torch.manual_seed(0)
-    model = build_retinanet(
-        backbone="mobilenet_v2",
-        num_classes=3,
-        backbone_weights="none",
-        norm="group",
-        channels=16,
-        head_depth=1,
-    ).eval()
+    model = tiny_network(3, backbone="mobilenet_v2")
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     sizes = torch.tensor([[64, 96], [60, 90]])
     options = {"score_threshold": 0.0, "nms_threshold": 1.0, "detections_per_image": 100}

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from white_finder import Pixels, WhiteFinder, black
 
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError
 from retinanet.inference import Detector, Failure, ImageDetections, load
 from retinanet.inference.tiles import merge_parts
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
-from retinanet.model.retinanet import build_retinanet
 from retinanet.structures import Outputs
+from tiny_backbone import tiny_network
+from white_finder import Pixels, WhiteFinder, black
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "precision": "float32"}
 
@@ -388,15 +388,7 @@ def test_threads_end_with_the_stream(detector: Detector, square: Pixels) -> None
 
 
 def test_load_and_detect_with_a_real_network(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = build_retinanet(
-        backbone="mobilenet_v2",
-        num_classes=2,
-        backbone_weights="none",
-        norm="group",
-        channels=16,
-        head_depth=1,
-    )
+    model = tiny_network(backbone="mobilenet_v2")
     saved = Checkpoint(model, ("a", "b"), (3, 5), 64, 96, {})
     save_checkpoint(tmp_path / "run" / "best", saved)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 151, 3)).astype(np.uint8)
@@ -421,16 +413,8 @@ def test_load_missing_path_is_an_error(tmp_path: Path) -> None:
 
 
 def test_detections_of_an_image_do_not_depend_on_its_batch() -> None:
-    torch.manual_seed(0)
-    model = build_retinanet(
-        backbone="resnet18",
-        num_classes=1,
-        backbone_weights="none",
-        norm="group",
-        channels=16,
-        head_depth=1,
-    )
-    torch.nn.init.normal_(model.class_head.last.weight, std=0.5)
+    model = tiny_network(1)
+    torch.nn.init.normal_(model.class_head.last.weight, std=1.0)
     checkpoint = Checkpoint(model, ("a",), (0,), 64, 96)
     detector = Detector(checkpoint, device="cpu", precision="float32", score_threshold=0.02)
     random = np.random.default_rng(0)

@@ -11,13 +11,12 @@ from torch.testing import assert_close
 
 import retinanet as rn
 from retinanet.anchors import feature_sizes, level_anchors
-from tiny_backbone import tiny_backbone as tiny_backbone
+from tiny_backbone import tiny_network
 
 
 @pytest.fixture(scope="module")
-def model(tiny_backbone: str) -> rn.RetinaNet:
-    torch.manual_seed(0)
-    return rn.RetinaNet(3, backbone=tiny_backbone, norm="group", channels=16, head_depth=1).eval()
+def model() -> rn.RetinaNet:
+    return tiny_network(3)
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -200,8 +199,8 @@ def test_unknown_threshold_names_the_setting(model: rn.RetinaNet) -> None:
         model.detect([pixels(64, 64)], conf=0.5)
 
 
-def test_detect_needs_batch_norm_in_eval_mode(tiny_backbone: str) -> None:
-    model = rn.RetinaNet(1, backbone=tiny_backbone, norm="trained", channels=16, head_depth=0)
+def test_detect_needs_batch_norm_in_eval_mode() -> None:
+    model = rn.RetinaNet(1, backbone="tiny", norm="trained", channels=16, head_depth=0)
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         model.detect([pixels(64, 64)])
     assert len(model.eval().detect([pixels(64, 64)])) == 1

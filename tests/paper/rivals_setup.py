@@ -9,7 +9,7 @@ from retinanet.paper.rivals import RivalNetwork, build_rival
 from retinanet.structures import Batch, pad_targets
 
 SETTINGS = (
-    "model.backbone=mobilenet_v2",
+    "model.backbone=tiny",
     "model.backbone_weights=none",
     "model.norm=group",
     "model.frozen_stages=0",

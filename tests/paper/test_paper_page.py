@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,15 @@ from retinanet.errors import DataError
 from retinanet.files import write_atomic
 from retinanet.paper.claims import collect_results
 from retinanet.paper.tables import EXPERIMENTS
+from scripts import BENCHMARKS, load_script
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "paper_page.py"
 TEXT = "# The paper\n\nBefore.\n\n<!-- claims -->\nold\n<!-- /claims -->\n\nAfter.\n"
 
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The program over a made-up project in `tmp_path`."""
-    spec = util.spec_from_file_location("benchmarks_paper_page", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("paper_page")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "benchmarks" / "results" / "paper")
     monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "paper.md")
     monkeypatch.setattr(module, "IMAGES", tmp_path / "docs" / "images" / "paper")
@@ -117,5 +112,5 @@ def test_nothing_is_written_on_an_error(
 
 
 def test_docs_page_has_the_markers() -> None:
-    text = (PROGRAM.parents[1] / "docs" / "paper.md").read_text("utf-8")
+    text = (BENCHMARKS.parent / "docs" / "paper.md").read_text("utf-8")
     assert text.count("<!-- claims -->") == text.count("<!-- /claims -->") == 1

@@ -155,7 +155,7 @@ def test_images_without_objects_train(name: str) -> None:
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_bfloat16_moves_no_anchor_and_gives_finite_gradients(name: str) -> None:
-    network = tiny_rival(name).train()
+    network = tiny_rival(name, "model.backbone=mobilenet_v2").train()
     batch = batch_of(64, 320, ((), ((270.0, 8.0, 300.0, 36.0),)), ((), (1,)))
     torch.manual_seed(3)
     exact = network.losses(batch)
@@ -345,7 +345,7 @@ def test_loaded_rival_detects_the_same(name: str, tmp_path: Path) -> None:
     ("old", "new", "why"),
     [
         ('"ssd"', '"yolo"', "Input should be 'faster_rcnn', 'ssd' or"),
-        ('"mobilenet_v2"', '"resnet19"', "no backbone"),
+        ('"tiny"', '"resnet19"', "no backbone"),
         ('"channels": 16', '"channels": 32', "do not fit the network"),
         ("{", "", "Invalid JSON"),
         ("", "", "is not a checkpoint of a rival"),
@@ -373,5 +373,5 @@ def test_unsupported_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> Non
         check_rival("ssd", agnostic)
     without_c2 = SimpleNamespace(channels=(0, 32, 96, 1280))
     monkeypatch.setattr(rivals, "build_backbone", lambda name: without_c2)
-    with pytest.raises(ConfigError, match="at stride 4, which backbone 'mobilenet_v2'"):
+    with pytest.raises(ConfigError, match="at stride 4, which backbone 'tiny'"):
         check_rival("faster_rcnn", rival_recipe())

@@ -28,7 +28,7 @@ SMALL = (
     "train.batch_size=4",
     "train.precision=float32",
 )
-NETWORK = ("model.backbone=resnet18", "data.image_size=64", "data.max_size=64")
+NETWORK = ("model.backbone=tiny", "data.image_size=64", "data.max_size=64")
 ENDLESS = "train.steps=100000"
 
 
@@ -117,7 +117,7 @@ def test_diverged_training_is_a_result(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_worker_saves_its_state_when_its_input_is_closed(shapes: Path, tmp_path: Path) -> None:
-    row = training(ENDLESS)
+    row = training(ENDLESS, "model.backbone=mobilenet_v2")
     folder = row.folder(tmp_path)
     worker = start_worker(row, tmp_path, shapes)
     assert worker.stdin is not None

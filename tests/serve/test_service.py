@@ -29,7 +29,6 @@ from small_service import (
     wait_until,
     white_detector,
 )
-from torch import nn
 
 from retinanet import __version__
 from retinanet.cli.serve import ServiceOptions
@@ -37,10 +36,10 @@ from retinanet.config import DetectConfig
 from retinanet.errors import ConfigError, MissingExtraError
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint
-from retinanet.model.retinanet import RetinaNet
 from retinanet.serve import Settings, build_app, schema
 from retinanet.serve.batching import Batcher
 from retinanet.serve.models import model_metrics, model_names
+from tiny_backbone import tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -470,13 +469,9 @@ def test_lone_image_gets_all_cores_and_others_share_them() -> None:
 
 @pytest.fixture(scope="module")
 def small_network() -> Detector:
-    torch.manual_seed(0)
-    model = RetinaNet(backbone="resnet18", num_classes=3, channels=16, head_depth=1, norm="group")
-    for head in (model.class_head, model.box_head):
-        for parameter in head.parameters():
-            if parameter.dim() > 1:
-                nn.init.kaiming_normal_(parameter)
-    checkpoint = Checkpoint(model, ("a", "b", "c"), (1, 2, 3), 64, 128)
+    checkpoint = Checkpoint(
+        tiny_network(3, spread=True, prior=0.3), ("a", "b", "c"), (1, 2, 3), 64, 128
+    )
     return Detector(checkpoint, device="cpu", precision="float32")
 
 

@@ -12,7 +12,6 @@ from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training import loop, trainer
 from retinanet.training.events import Event
 from retinanet.training.optim import build_optimizer
-from tiny_backbone import tiny_backbone as tiny_backbone
 
 
 @pytest.fixture(scope="session")

@@ -27,12 +27,10 @@ from training.tiny import (
     tiny_recipe,
 )
 
-SMALL = ("model.backbone=tiny", "train.validate_every=2", "train.save_every=1")
+SMALL = ("train.validate_every=2", "train.save_every=1")
 
 
-def test_extension_has_a_schedule_of_its_own_and_resumes(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_extension_has_a_schedule_of_its_own_and_resumes(tiny_data: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(*SMALL, "train.steps=2", "train.warmup_steps=100")
     events: list[Event] = []
     for name in ("whole", "parts"):
@@ -121,7 +119,7 @@ def max_images(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("max_images", [1], indirect=True)
 def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, max_images: None
+    tiny_data: Path, tmp_path: Path, max_images: None
 ) -> None:
     recipe = tiny_recipe(*SMALL, "train.steps=1")
     with pytest.raises(
@@ -135,7 +133,6 @@ def test_out_of_memory_names_the_setting_with_which_the_run_resumes(
 
 @pytest.mark.parametrize("max_images", [1, 0], indirect=True)
 def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
-    tiny_backbone: str,
     tiny_data: Path,
     tmp_path: Path,
     max_images: None,
@@ -156,7 +153,7 @@ def test_auto_batch_size_tries_micro_batches_and_keeps_batch_and_rate(
 
 
 def test_more_images_than_fit_into_the_memory_of_a_cpu_are_not_tried(
-    tiny_backbone: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in (("max", "5000"), ("current", "6000"), ("stat", "inactive_file 1000\n")):
         (tmp_path / f"memory.{name}").write_text(text)

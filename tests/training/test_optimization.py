@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import pytest
@@ -10,16 +9,8 @@ import torch
 from torch import nn
 
 from retinanet.config import TrainConfig
-from retinanet.training import optim, step
 from retinanet.training.optim import build_optimizer, resolve_steps
 from retinanet.training.step import lr_factor, set_lr
-
-
-@pytest.mark.parametrize("module", [optim, step])
-def test_examples_in_docstrings(module: Any) -> None:
-    result = doctest.testmod(module)
-    assert result.attempted
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from retinanet.data.synthetic import synthetic_dataset
 from retinanet.training.trainer import train
 
 SCRIPT = Path(__file__).with_name("train_in_process.py")
+IMPORTS = [str(SCRIPT.parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(IMPORTS))
 BY_SHARDS = ("data.order=shards", "data.shard_window=2", "train.save_every=2")
 LOSSES = (
     ("loss.normalizer=image",),
@@ -65,10 +67,10 @@ def run_script(
     """Run the script, or kill it once `log` has `kill_at` lines."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     prefix = [sys.executable, *(launch if processes > 1 else [])]
-    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=path)
     process = subprocess.Popen(
-        [*prefix, str(SCRIPT), *map(str, arguments)], env=environment, start_new_session=True
+        [*prefix, str(SCRIPT), *map(str, arguments)],
+        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while log is not None and process.poll() is None and time.monotonic() < deadline:
@@ -153,10 +155,9 @@ def test_script_without_main_guard_trains_under_spawn(tiny_data: Path, tmp_path:
         f"run = rn.train({str(tiny_data)!r}, recipe=recipe, out='run', device='cpu')\n"
         "print('steps', run.step)\n"
     )
-    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path),
+        env=ENVIRONMENT,
         cwd=tmp_path,
         capture_output=True,
         text=True,

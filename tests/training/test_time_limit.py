@@ -223,8 +223,8 @@ def test_limit_that_cannot_suffice_is_rejected_after_a_step(
     monkeypatch.setattr(
         loop.Trainer, "step", lambda self, batch: (steps.append(1), step(self, batch))
     )
-    with pytest.raises(ConfigError, match=r"train.time 1 s is too short: 20 steps of .*at least"):
-        train(tiny_recipe("train.time=1s"), data, tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match=r"train.time 0.1 s is too short: 20 steps of .*at least"):
+        train(tiny_recipe("train.time=0.1s"), data, tmp_path / "run", device="cpu")
     assert len(steps) == 1
     with pytest.raises(ConfigError, match="--time 5 has no unit: give 5min, or 5s"):
         TrainingOptions(time="5").keywords()

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tiny_backbone  # noqa: F401
 from retinanet.config import Recipe, load_recipe
 from retinanet.training.events import Event
 
 TINY = (
-    "model.backbone=mobilenet_v2",
+    "model.backbone=tiny",
     "model.backbone_weights=none",
     "model.norm=group",
     "model.frozen_stages=0",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from white_finder import Pixels, black
 
 av: Any = __import__("av")
