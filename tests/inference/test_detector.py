@@ -60,6 +60,11 @@ def test_detector_is_printed_and_called(detector: Detector, square: Pixels) -> N
     assert torch.equal(one(detector(square)).boxes, one(detector.detect(square)).boxes)
 
 
+def test_detect_of_some_classes_names_the_argument_of_load(detector: Detector) -> None:
+    with pytest.raises(ConfigError, match=r"classes are chosen with rn\.load\(.*classes="):
+        detector.detect(black(64, 64), classes=["white"])  # type: ignore[call-arg]
+
+
 def test_detect_with_value_range_scales_pixels_of_other_ranges(
     detector: Detector, square: Pixels, tmp_path: Path
 ) -> None:

@@ -229,7 +229,7 @@ def test_places_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds no model.json, and neither do"):
         load_checkpoint(tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match="give the folder that holds"):
+    with pytest.raises(WeightsError, match=r"give the folder that holds .* alone are --backbone-w"):
         load_checkpoint(tmp_path / "weights.bin")
     with pytest.raises(WeightsError, match="there is no such file"):
         load_checkpoint(tmp_path / "weights.pth")

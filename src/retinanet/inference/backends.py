@@ -65,6 +65,8 @@ def merge_thresholds(*layers: Any) -> Thresholds:
         if given.get("nms", merged.get("nms", "hard")) != merged.get("nms", "hard"):
             merged.pop("nms_threshold", None)
         merged |= given
+    if "classes" in merged:
+        raise ConfigError("classes are chosen with rn.load(.., classes=[..]), or as found['car']")
     checked = build_recipe({"detect": merged}, "detector options").detect
     return cast(Thresholds, checked.model_dump())
 

@@ -174,7 +174,8 @@ def find_checkpoint(path: Path) -> Path:
             return candidate
     if path.is_file():
         raise WeightsError(
-            f"{path} is not a checkpoint: give the folder that holds {WEIGHTS_FILE} and {TEXT_FILE}"
+            f"{path} is not a checkpoint: give the folder that holds {WEIGHTS_FILE} and "
+            f"{TEXT_FILE}; weights of a backbone alone are --backbone-weights (backbone_weights)"
         )
     if path.is_dir():
         raise WeightsError(f"{path} holds no {TEXT_FILE}, and neither do its best/ and last/")
