@@ -2,11 +2,12 @@
 
     python benchmarks/rivals.py DATA --minutes 5 --backbone-weights FILE --out results.json
 
-Every detector has our backbone, batches, augmentation, optimizer (AdamW, cosine) and metrics:
 `quick` and `paper` are this package's network with the recipes `quick` and `paper_quick`;
-`torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The seconds of a step are
-measured first, in turn, and give each its steps. AP is of the split `val`, which no detector has
-seen, with the weights of the last step.
+`torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is that of `train
+--time`: start, training and validations. `quick` chooses its settings from the data and the time;
+image size, batch and augmentation are then those of every detector, as are backbone, channels,
+optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the weights of the best
+validation of each.
 """
 
 from __future__ import annotations
@@ -17,52 +18,53 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 OURS = {"quick": "quick", "paper": "paper_quick"}
 """Recipe by name."""
 RIVALS = ("torchvision_retinanet", "faster_rcnn", "ssd")
-_MEASURED_STEPS = 12
+SHARED = (
+    *("data.image_size", "data.max_size", "data.crop", "data.vertical_flip", "data.rotate90"),
+    *("data.balance", "data.balance_threshold", "train.batch_size", "model.channels"),
+    "detect.detections_per_image",
+)
+"""Settings of `quick` that the other detectors have too."""
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Train one detector in this process; return AP and times."""
+    """Train one detector in this process; return AP, times and the settings for the others."""
     from retinanet import load_recipe
     from retinanet.data import read_splits
     from retinanet.paper.rival_training import train_rival
     from retinanet.training.trainer import train as train_ours
 
-    name, steps = task["detector"], task["steps"]
+    name = task["detector"]
     settings = [
-        f"train.steps={steps}",
+        f"train.time={task['seconds']}",
         f"train.seed={task['seed']}",
-        f"train.validate_every={steps}",
-        f"train.save_every={10 * steps}",
-        f"train.warmup_steps={min(100, steps // 4)}",
+        "train.tune_detection=false",
         *task["settings"],
     ]
-    recipe = load_recipe(OURS.get(name, "paper_quick"), settings)
-    data = read_splits(task["data"])
-    if task["measure"]:
-        data = data | {"val": replace(data["train"], images=data["train"].images[:1])}
     with tempfile.TemporaryDirectory() as folder:
         started, cpu = time.perf_counter(), time.process_time()
         out = Path(folder) / "run"
+        recipe = load_recipe(OURS.get(name, "paper_quick"), settings)
+        data = read_splits(task["data"])
         if name in OURS:
             run = train_ours(recipe, data, out)
         else:
             run = train_rival(name, recipe, data, out)
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        used = load_recipe(str(out / "config.toml"))
         return {
+            "steps": run.step,
             "ap": run.metrics["ap"],
             "ap50": run.metrics["ap50"],
             "ap_small": run.metrics.get("ap_small"),
-            "step_seconds": median(row["seconds"] for row in rows if "seconds" in row),
             "wall_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
+            "shared": [(key, used.value(key)) for key in SHARED],
         }
 
 
@@ -75,26 +77,30 @@ def run_apart(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every detector with every seed, in turn; return a row per run."""
+    """Train every detector with every seed, in turn, `quick` first; return a row per run."""
     settings = list(options.set)
     if options.backbone_weights:
         settings.append(f"model.backbone_weights={options.backbone_weights}")
-    task = {"data": str(options.data), "settings": settings, "measure": True, "seed": 0}
-    steps = {}
-    for detector in options.detectors:
-        measured = run_apart(task | {"detector": detector, "steps": _MEASURED_STEPS})
-        steps[detector] = max(1, round(60 * options.minutes / measured["step_seconds"]))
-        print(f"{detector}: {measured['step_seconds']:.3f} s a step, {steps[detector]} steps")
-    rows = []
+    task = {"data": str(options.data), "seconds": 60 * options.minutes}
+    rows: list[dict[str, Any]] = []
+    shared: list[tuple[str, Any]] = []
     for seed in range(options.seeds):
         for detector in options.detectors:
+            is_first = detector == "quick"
             own = task | {
-                "detector": detector, "steps": steps[detector], "seed": seed, "measure": False
-            }  # fmt: skip
+                "detector": detector,
+                "seed": seed,
+                "settings": settings if is_first else [*shared, *settings],
+            }
             rows.append(own | run_apart(own))
+            if is_first:
+                shared = rows[-1]["shared"]
+                chosen = ", ".join(f"{key}={value}" for key, value in shared)
+                print(f"settings of quick, for all: {chosen}", flush=True)
             print(
                 f"seed {seed}, {detector}: AP {rows[-1]['ap']:.3f}, AP50 {rows[-1]['ap50']:.3f}, "
-                f"{rows[-1]['wall_seconds']:.0f} s"
+                f"{rows[-1]['steps']} steps, {rows[-1]['wall_seconds']:.0f} s",
+                flush=True,
             )
     return rows
 
@@ -124,7 +130,7 @@ def main() -> None:
     """Parse the command line, compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", nargs="?", type=Path, help="labelled images with a split val")
-    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time of each run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--detectors", nargs="+", default=[*OURS, *RIVALS])
     parser.add_argument("--backbone-weights", help="ImageNet weights of the recipe's backbone")

@@ -44,9 +44,9 @@ FAST_CASES = {
     "matching": ["100 objects, 8 images"],
     "postprocess": ["8 images", "no candidates"],
     "startup": ["retinanet --help"],
-    "inference": ["auto"],
+    "inference": ["auto", "MobileNetV2", "EfficientNet-Lite2"],
     "detect": ["float32"],
-    "train-step": ["ResNet-18 float32"],
+    "train-step": ["ResNet-18 float32", "MobileNetV2 float32"],
 }
 WITHOUT_RIVAL = {"startup"}
 

@@ -71,6 +71,18 @@ def test_large_objects_keep_the_small_image() -> None:
     assert chosen(squares(100, 3), on_gpu=True, image_size=384) == {}
 
 
+def test_large_objects_take_a_smaller_image_on_a_cpu() -> None:
+    # 240 of 480 px are 128 px, the anchor of P5, at 256.
+    found = chosen(squares(240, 1))
+    assert (found["data.image_size"], found["data.max_size"]) == (256, 427)
+    # A fifth are small: 36 px need 21.6, 2.7 cells of P3, which they have at 288.
+    mixed = labels([[((0.0, 0.0, s, s), 0)] for s in (240.0,) * 12 + (36.0,) * 3])
+    assert chosen(mixed)["data.image_size"] == 288
+    assert "data.image_size" not in chosen(squares(240, 1), "data.image_size=384")
+    assert chosen(squares(240, 1), on_gpu=True)["data.image_size"] == 640
+    assert chosen(squares(470, 1))["data.image_size"] == 128
+
+
 def test_small_objects_take_the_cheapest_sufficient_size() -> None:
     # P3 needs 2.7 cells of 8 px, 21.6 px: 25 of 480 px are 20 px at 384 and 23.3 at 448, which is
     # (448 / 384)^2 = 1.36 times the cost; P2 would be 2.
@@ -139,6 +151,14 @@ def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
     found = chosen(squares(3, 3), recipe="paper_quick")
     assert found["matching.low_quality_matches"] is True
     assert "matching.low_quality_matches" not in chosen(squares(100, 3), recipe="paper_quick")
+
+
+def test_several_classes_take_group_norm_in_the_heads() -> None:
+    assert "model.head_norm" not in chosen(squares(100, 3))
+    dataset = squares(100, 3, classes=2)
+    assert chosen(dataset, on_gpu=True)["model.head_norm"] == "group"
+    for stated in ("model.head_norm=none", "model.head=torch.nn:Conv2d"):
+        assert "model.head_norm" not in chosen(dataset, stated)
 
 
 def test_without_a_gpu_the_network_is_small() -> None:

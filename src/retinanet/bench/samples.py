@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import resnet
+from torchvision.models import mobilenetv2, resnet
 from torchvision.models.detection import retinanet as torchvision_retinanet
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from retinanet.anchors import default_anchor_spec, feature_sizes, level_anchors
@@ -22,6 +22,9 @@ from retinanet.model.retinanet import RetinaNet, to_channels_last
 from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91
+
+SMALL_CHANNELS = 64
+"""Channels of pyramid and heads with a small backbone, as `quick` chooses on a CPU."""
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -119,40 +122,88 @@ def same_networks(
 ) -> tuple[Any, RetinaNet]:
     """Build torchvision's RetinaNet and ours with the same random weights.
 
-    Scores of different anchors vary with `contrast`, the standard deviation of the class head's
-    last weights. `backbone` is resnet18 or resnet50.
+    A ResNet has a pyramid of 256 channels, a small network one of 64. Scores of different anchors
+    vary with `contrast`, the standard deviation of the class head's last weights. `backbone` is
+    resnet18, resnet50, mobilenet_v2, or timm/NAME.
+
+    Raises:
+        MissingExtraError: the backbone is timm's, which is not installed.
     """
     torch.manual_seed(0)
-    body = getattr(resnet, backbone)(weights=None, norm_layer=FrozenBatchNorm2d)
-    last_norm = "bn3.weight" if backbone == "resnet50" else "bn2.weight"
-    for name, buffer in body.named_buffers():
-        if name.endswith(last_norm):
-            buffer.fill_(0.2)  # as after training; at 1 each residual block doubles its input
-    levels = LastLevelP6P7(256, 256)
-    extractor = _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=levels)
-    rival = torchvision_network(extractor, TORCHVISION_CLASSES)
-    for layer in rival.head.modules():
-        if isinstance(layer, nn.Conv2d) and layer.out_channels == 256:
-            # With their initial weights the heads' outputs hardly depend on the image.
-            nn.init.kaiming_normal_(layer.weight)
-    nn.init.normal_(rival.head.classification_head.cls_logits.weight, std=contrast)
+    channels = 256 if backbone.startswith("resnet") else SMALL_CHANNELS
     model = RetinaNet(
         backbone=backbone,
         num_classes=TORCHVISION_CLASSES,
+        channels=channels,
         rounding="torchvision",
         p6_from="p5",
         norm_eps=1e-5,
     )
-    weights = {our_name(key): value for key, value in rival.state_dict().items()}
+    rival = torchvision_network(_torchvision_pyramid(backbone, model, channels))
+    for layer in rival.head.modules():
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == channels:
+            # With their initial weights the heads' outputs hardly depend on the image.
+            nn.init.kaiming_normal_(layer.weight)
+    nn.init.normal_(rival.head.classification_head.cls_logits.weight, std=contrast)
+    weights = {_our_name(key, backbone): value for key, value in rival.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not missing, missing
     assert all(name.endswith("num_batches_tracked") for name in unexpected), unexpected
     return rival.to(device), to_channels_last(model.to(device))
 
 
-def torchvision_network(backbone: nn.Module, classes: int, **options: Any) -> Any:
-    """Build torchvision's RetinaNet on `backbone`, whose levels have 256 channels."""
-    backbone.out_channels = 256  # type: ignore[assignment]
+def _torchvision_pyramid(backbone: str, model: RetinaNet, channels: int) -> Any:
+    """Build backbone and pyramid as a user of torchvision does."""
+    levels = LastLevelP6P7(channels, channels)
+    if backbone.startswith("resnet"):
+        body = getattr(resnet, backbone)(weights=None, norm_layer=FrozenBatchNorm2d)
+        last_norm = "bn3.weight" if backbone == "resnet50" else "bn2.weight"
+        for name, buffer in body.named_buffers():
+            if name.endswith(last_norm):
+                buffer.fill_(0.2)  # as after training; at 1 each residual block doubles its input
+        return _resnet_fpn_extractor(body, 3, returned_layers=[2, 3, 4], extra_blocks=levels)
+    widths = list(model.backbone.channels[1:])
+    if backbone == "mobilenet_v2":
+        features = mobilenetv2.mobilenet_v2(norm_layer=FrozenBatchNorm2d).features
+        for parameter in features[:4].parameters():  # the stem and C2, as in ours
+            parameter.requires_grad_(False)
+        maps = {"6": "0", "13": "1", "18": "2"}
+        return BackboneWithFPN(features, maps, widths, channels, levels)
+    return _TimmPyramid(backbone, widths, channels, levels)
+
+
+class _TimmPyramid(nn.Module):
+    """A timm network with torchvision's pyramid, for inference."""
+
+    def __init__(
+        self, backbone: str, widths: list[int], channels: int, levels: LastLevelP6P7
+    ) -> None:
+        super().__init__()
+        import timm  # the model has raised if it is not installed
+
+        self.body = timm.create_model(backbone.removeprefix("timm/"), features_only=True)
+        self.fpn = FeaturePyramidNetwork(widths, channels, levels)
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Map images to P3 to P7."""
+        maps: dict[str, Tensor] = self.fpn(
+            {str(level): x for level, x in enumerate(self.body(x)[-3:])}
+        )
+        return maps
+
+
+def _our_name(key: str, backbone: str) -> str:
+    body = {"mobilenet_v2": "features."}.get(backbone, "net." if "/" in backbone else "")
+    return our_name(key.replace("backbone.body.", f"backbone.body.{body}"))
+
+
+def torchvision_network(
+    backbone: nn.Module, classes: int = TORCHVISION_CLASSES, **options: Any
+) -> Any:
+    """Build torchvision's RetinaNet on `backbone`; without ``out_channels`` it has 256 of them."""
+    if not hasattr(backbone, "out_channels"):
+        backbone.out_channels = 256  # type: ignore[assignment]
     return torchvision_retinanet.RetinaNet(backbone, classes, **options)
 
 

@@ -46,11 +46,18 @@ MAX_UPSCALING = 1.5
 P2_COST = 2.0
 """Time of a step with P2 in that of a step without: P2 has four times the cells of P3."""
 
+LARGE_OBJECT = 128
+"""Pixels of the median object from which larger images are not worth their time on a CPU.
+
+It is the anchor of P5, the coarsest level with pretrained weights: P6 and P7 learn from nothing.
+"""
+
 TINY_OBJECT = 8
 """Pixels of the median object at the largest image size, under which tiles are trained on."""
 
 _CPU_SIDES = (384, 448, 512, 576, 640)
 _GPU_SIDES = (640, 800)  # torchvision and Detectron2 train with 800
+_MIN_LIMIT = 128  # pixels to which large objects may reduce the images
 _MAX_COST = 3.2  # of a step, in that of the smallest side without P2
 _ASPECT = 5 / 3  # longer side at most, in shorter sides (Sec. 5: 1000 / 600)
 _SMALL = 10  # percentile of the objects' sides that the finest level must match
@@ -89,7 +96,7 @@ LENGTH_SETTINGS = ("train.steps", "train.epochs")
 
 CHOSEN_SETTINGS = (
     *LENGTH_SETTINGS,
-    *("model.backbone", "model.channels", "model.head_depth"),
+    *("model.backbone", "model.channels", "model.head_depth", "model.head_norm"),
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
     "data.rotate90",
@@ -175,9 +182,9 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"auto": False})
 
 
-def max_image_size(train: Dataset) -> int:
+def max_image_size(train: Dataset, *, on_gpu: bool = False) -> int:
     """Return the largest image size that is worth its time for these images or tiles."""
-    return _max_side(_Labels.of(train, train))
+    return _max_side(_Labels.of(train, train), on_gpu)
 
 
 class _Context(NamedTuple):
@@ -248,8 +255,12 @@ class _Labels:
 _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 
 
-def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
-    """Choose the backbone that the weights are of, and a small network where there is no GPU."""
+def _network(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
+    """Choose backbone and heads; a small network where there is no GPU."""
+    classes = len(data.train.classes)
+    if classes > 1 and recipe.model.head == "conv":
+        # Wu and He 2018; one class gained nothing (docs/accuracy.md).
+        yield Choice("model.head_norm", "group", f"tells {classes} classes apart sooner")
     weights = recipe.model.backbone_weights
     if not recipe.states("model.backbone"):
         if name := backbone_of(weights):
@@ -263,8 +274,17 @@ def _network(recipe: Recipe, _: _Labels, context: _Context) -> Iterator[Choice]:
     yield Choice("model.head_depth", 2, "likewise")
 
 
-def _max_side(data: _Labels) -> int:
-    return max(1, math.floor(MAX_UPSCALING * data.shorter / 32)) * 32
+def _max_side(data: _Labels, on_gpu: bool) -> int:
+    side = MAX_UPSCALING * data.shorter
+    if not on_gpu:
+        reference = _CPU_SIDES[0]
+        small, middle = (
+            data.network_side(reference, round(_ASPECT * reference), p) / reference
+            for p in (_SMALL, 50)
+        )
+        enough = max(LARGE_OBJECT / middle, 8 * MIN_CELLS / small, _MIN_LIMIT)
+        side = min(side, enough)
+    return max(1, math.floor(side / 32)) * 32
 
 
 def _tile(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
@@ -284,7 +304,7 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     sides: tuple[int, ...] = _GPU_SIDES if context.on_gpu else _CPU_SIDES
     if context.image_size is not None:
         sides = (context.image_size,)
-    limit = _max_side(data)
+    limit = _max_side(data, context.on_gpu)
     given = any(map(recipe.states, ("data.image_size", "data.max_size"))) or recipe.data.multi_scale
     # A tile is chosen for the recipe's size.
     kept = given or (recipe.data.tile is not None and not recipe.states("data.tile"))

@@ -45,7 +45,10 @@ _SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def inference(setting: Setting) -> list[Case]:
-    """Run ResNet-50's forward pass against torchvision's in float32; on a GPU also in fp16."""
+    """Run the forward pass against torchvision's in float32; on a GPU also in fp16.
+
+    On a CPU also that of the small networks for it.
+    """
     backbone, height, width = _network_size(setting)
     # Packed weights are kept for a few image sizes: one size, as in the other cases, is the best
     # case; a folder of images has several.
@@ -62,13 +65,29 @@ def inference(setting: Setting) -> list[Case]:
         cases["int8"] = {"precision": "int8", "backend": "openvino"}
     if setting.size == "full":  # compiling takes half a minute
         cases["compile"] = {"backend": "compile"}
-    default = {"precision": "auto", "backend": "auto", "batch": 1, "sides": several[:1]}
+    small = [setting.pick((64, 96), (192, 256), (384, 512))]
+    if setting.device.type == "cpu":
+        for name in ("mobilenet_v2", "timm/tf_efficientnet_lite2"):
+            short = _network_name(name)
+            cases |= {
+                short: {"backbone": name, "sides": small},
+                f"{short} OpenVINO": {
+                    "backbone": name, "sides": small, "precision": "float32", "backend": "openvino"
+                },
+                f"{short} int8": {
+                    "backbone": name, "sides": small, "precision": "int8", "backend": "openvino"
+                },
+            }  # fmt: skip
+    default = {
+        "backbone": backbone, "precision": "auto", "backend": "auto", "batch": 1,
+        "sides": several[:1],
+    }  # fmt: skip
     result = []
     for name, changes in cases.items():
         options: dict[str, Any] = {**default, **changes}
         sizes = ", ".join(f"{h} x {w}" for h, w in options["sides"])
-        size = f"{_network_name(backbone)}, {sizes}"
-        result.append(Case(name, size, partial(_inference, setting, backbone, **options)))
+        size = f"{_network_name(options['backbone'])}, {sizes}"
+        result.append(Case(name, size, partial(_inference, setting, **options)))
     return result
 
 
@@ -81,13 +100,15 @@ def _network_size(setting: Setting) -> tuple[str, int, int]:
 
 
 def _network_name(backbone: str) -> str:
-    return backbone.replace("resnet", "ResNet-")
+    if backbone.startswith("resnet"):
+        return backbone.replace("resnet", "ResNet-")
+    return "MobileNetV2" if backbone == "mobilenet_v2" else "EfficientNet-Lite2"
 
 
 def _inference(
     setting: Setting,
-    backbone: str,
     *,
+    backbone: str,
     precision: str,
     backend: str,
     batch: int,
@@ -240,6 +261,7 @@ def train_step(setting: Setting) -> list[Case]:
     cases: dict[str, tuple[str, int, int]] = {
         "ResNet-50": ("resnet50", setting.pick(64, 128, 512), 2),
         "ResNet-18": ("resnet18", setting.pick(64, 128, 256), setting.pick(2, 4, 8)),
+        "MobileNetV2": ("mobilenet_v2", setting.pick(64, 128, 384), setting.pick(2, 4, 8)),
     }
     if setting.device.type == "cuda":
         cases = {"ResNet-50": ("resnet50", setting.pick(64, 256, 800), setting.pick(2, 4, 16))}
