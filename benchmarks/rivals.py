@@ -4,9 +4,9 @@
 
 `quick` and `paper` are this package's network with the recipes `quick` and `paper_quick`;
 `torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is that of `train
---time`: start, training and validations. `quick` chooses its settings from the data and the time;
-image size, batch and augmentation are then those of every detector, as are backbone, channels,
-optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the weights of the best
+--time`: start, training and validations. `quick` is always trained, first, and chooses its settings
+from the data and the time; image size, batch and augmentation are then those of every detector, as
+are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the weights of the best
 validation of each.
 """
 
@@ -26,6 +26,7 @@ OURS = {"quick": "quick", "paper": "paper_quick"}
 """Recipe by name."""
 RIVALS = ("torchvision_retinanet", "faster_rcnn", "ssd")
 SHARED = (
+    "model.backbone",
     *("data.image_size", "data.max_size", "data.crop", "data.vertical_flip", "data.rotate90"),
     *("data.balance", "data.balance_threshold", "train.batch_size", "model.channels"),
     "detect.detections_per_image",
@@ -84,8 +85,9 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     task = {"data": str(options.data), "seconds": 60 * options.minutes}
     rows: list[dict[str, Any]] = []
     shared: list[tuple[str, Any]] = []
+    detectors = dict.fromkeys(["quick", *options.detectors])
     for seed in range(options.seeds):
-        for detector in options.detectors:
+        for detector in detectors:
             is_first = detector == "quick"
             own = task | {
                 "detector": detector,
@@ -132,8 +134,9 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, help="labelled images with a split val")
     parser.add_argument("--minutes", type=float, default=5.0, help="time of each run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--detectors", nargs="+", default=[*OURS, *RIVALS])
-    parser.add_argument("--backbone-weights", help="ImageNet weights of the recipe's backbone")
+    names = [*OURS, *RIVALS]
+    parser.add_argument("--detectors", nargs="+", choices=names, default=names)
+    parser.add_argument("--backbone-weights", help="ImageNet weights of the backbone")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all, such as KEY=VALUE")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)

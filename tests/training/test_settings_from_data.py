@@ -66,6 +66,18 @@ def chosen(
     return values(choose_settings(loaded, dataset, **options))
 
 
+class WithoutC2(torch.nn.Module):
+    """A backbone of C3 to C5 alone."""
+
+    channels, strides = (8, 16, 32), (8, 16, 32)
+
+
+def test_backbone_without_c2_has_no_p2() -> None:
+    assert chosen(squares(12, 3), image_size=384)["model.p2"]
+    stated = f"model.backbone={__name__}:WithoutC2"
+    assert "model.p2" not in chosen(squares(12, 3), stated, "model.frozen_stages=0", image_size=384)
+
+
 def test_large_objects_keep_the_small_image() -> None:
     # 100 of 480 px are 80 px at 384, ten cells of P3; anchors of 81 px exist in the recipe.
     assert chosen(squares(100, 3), on_gpu=True, image_size=384) == {}
@@ -75,12 +87,23 @@ def test_large_objects_take_a_smaller_image_on_a_cpu() -> None:
     # 240 of 480 px are 128 px, the anchor of P5, at 256.
     found = chosen(squares(240, 1))
     assert (found["data.image_size"], found["data.max_size"]) == (256, 427)
-    # A fifth are small: 36 px need 21.6, 2.7 cells of P3, which they have at 288.
-    mixed = labels([[((0.0, 0.0, s, s), 0)] for s in (240.0,) * 12 + (36.0,) * 3])
+    # A fifth are small: 37 px are 2.7 cells of P3, 21.6 px, at 280, rounded up: no P2.
+    mixed = labels([[((0.0, 0.0, s, s), 0)] for s in (240.0,) * 12 + (37.0,) * 3])
     assert chosen(mixed)["data.image_size"] == 288
+    assert "model.p2" not in chosen(mixed)
     assert "data.image_size" not in chosen(squares(240, 1), "data.image_size=384")
     assert chosen(squares(240, 1), on_gpu=True)["data.image_size"] == 640
     assert chosen(squares(470, 1))["data.image_size"] == 128
+
+
+@pytest.mark.parametrize(("small", "large", "size"), [(61.0, 360.0, 192), (23.0, 168.0, 512)])
+def test_large_objects_with_small_ones_take_a_larger_image_rather_than_p2(
+    small: float, large: float, size: int
+) -> None:
+    # 61 of 480 px are 21.6 at 170 and 23 at 451: rounded up, as P2 costs twice as much.
+    mixed = labels([[((0.0, 0.0, s, s), 0)] for s in (large,) * 12 + (small,) * 3])
+    found = chosen(mixed)
+    assert (found["data.image_size"], found.get("model.p2")) == (size, None)
 
 
 def test_small_objects_take_the_cheapest_sufficient_size() -> None:

@@ -96,6 +96,9 @@ def test_plan_keeps_a_batch_of_few_objects() -> None:
     changes, planned = plan(1000, Pace(4.0, 0.0), objects_per_image=3.9)
     assert "train.batch_size" not in changes
     assert (changes["data.image_size"], planned.steps) == (256, 542)
+    # 60 s leave 56.4 s: 15 steps of 8 / 2.25 s at 256 px, so the batch is halved after all.
+    changes, planned = plan(60, Pace(8.0, 0.0), objects_per_image=1.0)
+    assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
 
 
 def test_plan_keeps_what_is_stated() -> None:

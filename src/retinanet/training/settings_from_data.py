@@ -21,7 +21,7 @@ from retinanet.data.balance import epoch_size
 from retinanet.data.dataset import Dataset
 from retinanet.data.statistics import count_objects
 from retinanet.data.tiling import recommend_tile
-from retinanet.model.backbone import backbone_of
+from retinanet.model.backbone import backbone_of, has_c2
 from retinanet.training.data import (
     recipe_recall,
     sample_with_objects,
@@ -251,6 +251,10 @@ class _Labels:
         scale = np.minimum(image_size / self.image[:, 0], max_size / self.image[:, 1])
         return float(np.percentile(self.side * scale, percentile))
 
+    def cells(self, image_size: int, max_size: int, stride: int) -> float:
+        """Side of small objects in cells of the finest level."""
+        return self.network_side(image_size, max_size, _SMALL) / stride
+
 
 _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 
@@ -278,12 +282,10 @@ def _max_side(data: _Labels, on_gpu: bool) -> int:
     side = MAX_UPSCALING * data.shorter
     if not on_gpu:
         reference = _CPU_SIDES[0]
-        small, middle = (
-            data.network_side(reference, round(_ASPECT * reference), p) / reference
-            for p in (_SMALL, 50)
-        )
-        enough = max(LARGE_OBJECT / middle, 8 * MIN_CELLS / small, _MIN_LIMIT)
-        side = min(side, enough)
+        middle = data.network_side(reference, round(_ASPECT * reference), 50) / reference
+        sides = (*range(_MIN_LIMIT, reference, 32), *_CPU_SIDES)
+        sufficient = (s for s in sides if data.cells(s, round(_ASPECT * s), 8) >= MIN_CELLS)
+        side = min(side, max(LARGE_OBJECT / middle, next(sufficient, math.inf)))
     return max(1, math.floor(side / 32)) * 32
 
 
@@ -314,13 +316,14 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     elif not sizes:
         sizes = [(limit, round(_ASPECT * limit))]
     # Sizes that the user states are for this number of levels.
-    fixed = recipe.states("model.p2") or recipe.states("anchors.sizes")
+    fixed = any(map(recipe.states, ("model.p2", "anchors.sizes")))
+    fixed = fixed or not has_c2(recipe.model.backbone)
     with_p2 = (recipe.model.p2,) if fixed else (False, True)
     candidates = []
     for p2 in with_p2:
         for image_size, max_size in sizes:
             cost = (image_size / sizes[0][0]) ** 2 * (P2_COST if p2 else 1)
-            cells = data.network_side(image_size, max_size, _SMALL) / (4 if p2 else 8)
+            cells = data.cells(image_size, max_size, 4 if p2 else 8)
             if cost <= _MAX_COST:
                 candidates.append((cost, cells, image_size, max_size, p2))
     enough = [candidate for candidate in candidates if candidate[1] >= MIN_CELLS]

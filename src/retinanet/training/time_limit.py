@@ -110,7 +110,8 @@ def plan_training(
     """Choose the length of a training for a limit and, with ``auto``, its batch and image size.
 
     With less than 400 steps the batch is halved, which keeps the number of images seen, if it still
-    has 16 objects, and then images become smaller. With more than 72 epochs they become larger.
+    has 16 objects, and then images become smaller; where that is less than 20 steps the batch is
+    halved with fewer objects too. With more than 72 epochs images become larger.
     What the recipe states is kept, and so is the size of tiles. The time of a step is taken as
     proportional to batch and pixels.
 
@@ -119,7 +120,7 @@ def plan_training(
         pace: of a step and a validation with them.
         elapsed: seconds of the limit that are over.
         num_images: images of an epoch.
-        objects_per_image: mean of the training images.
+        objects_per_image: mean of the training images, without ignored objects.
         max_side: image size from which larger images are not worth their time.
         batch_multiple: of the batch size.
 
@@ -139,10 +140,13 @@ def plan_training(
     plan = plan_steps(seconds, pace)
     while plan.steps < ENOUGH_STEPS:
         half, smaller = batch // 2, next_side(side, 1 / _SIDE_STEP)
-        enough = half >= _MIN_BATCH and half * objects_per_image >= _MIN_OBJECTS
-        if not fixed_batch and enough and not batch % (2 * batch_multiple):
+        is_smaller = not fixed_side and smaller >= _MIN_SIDE
+        has_objects = half * objects_per_image >= _MIN_OBJECTS
+        is_last_resort = not is_smaller and plan.steps < MIN_STEPS
+        can_halve = not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple)
+        if can_halve and (has_objects or is_last_resort):
             batch, pace = half, Pace(pace.step / 2, pace.validation)
-        elif not fixed_side and smaller >= _MIN_SIDE:
+        elif is_smaller:
             side, pace = smaller, pace.at(smaller / side)
         else:
             break

@@ -22,7 +22,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
-from retinanet.model.backbone import check_weights_file, has_c2
+from retinanet.model.backbone import check_weights_file
 from retinanet.model.precision import choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
@@ -212,8 +212,6 @@ def _resolve(
 ) -> tuple[TaskSettings, Pace | None]:
     """Choose what the recipe leaves open, by the run to resume, else by data and machine."""
     recipe, stored = settings.recipe, run.stored_recipe()
-    if recipe.auto and not recipe.states("model.p2") and not has_c2(recipe.model.backbone):
-        recipe = recipe.override({"model.p2": False})
     pace = None
 
     def of(recipe: Recipe) -> TaskSettings:
@@ -277,7 +275,9 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         pace,
         elapsed + seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
-        objects_per_image=mean(len(image.annotations) for image in train_set.images),
+        objects_per_image=mean(
+            sum(not item.ignored for item in image.annotations) for image in train_set.images
+        ),
         max_side=max_image_size(train_set, on_gpu=settings.accelerator.device.type != "cpu"),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
     )
