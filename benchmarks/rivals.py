@@ -6,8 +6,8 @@
 `torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is that of `train
 --time`: start, training and validations. `quick` is always trained, first, and chooses its settings
 from the data and the time; image size, batch and augmentation are then those of every detector, as
-are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the weights of the best
-validation of each.
+are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the
+weights of the best validation of each.
 """
 
 from __future__ import annotations
