@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -266,6 +267,6 @@ def test_tune_rejects_what_cannot_be_tuned(val: Dataset) -> None:
     with pytest.raises(DataError, match="no object to tune the detection on"):
         tune(tiny_checkpoint(dataset.classes), dataset, **PLAIN)
     detector = rn.Detector(tiny_checkpoint(), **PLAIN)
-    detector.network = None  # type: ignore[assignment]
+    detector.network = SimpleNamespace(description="onnx")  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="post-processing of an exported file is fixed"):
         tune(detector, val)

@@ -176,9 +176,9 @@ def test_objects_that_no_anchor_matches_are_matched_to_their_best() -> None:
     assert "matching.low_quality_matches" not in chosen(squares(100, 3), recipe="paper_quick")
 
 
-def test_several_classes_take_group_norm_in_the_heads() -> None:
-    assert "model.head_norm" not in chosen(squares(100, 3))
-    dataset = squares(100, 3, classes=2)
+def test_many_classes_take_group_norm_in_the_heads() -> None:
+    assert "model.head_norm" not in chosen(squares(100, 3, classes=7))
+    dataset = squares(100, 3, classes=8)
     assert chosen(dataset, on_gpu=True)["model.head_norm"] == "group"
     for stated in ("model.head_norm=none", "model.head=torch.nn:Conv2d"):
         assert "model.head_norm" not in chosen(dataset, stated)

@@ -46,6 +46,12 @@ MAX_UPSCALING = 1.5
 P2_COST = 2.0
 """Time of a step with P2 in that of a step without: P2 has four times the cells of P3."""
 
+MANY_CLASSES = 8
+"""Classes from which the heads have group norm (Wu and He 2018).
+
+18 classes are told apart sooner with it; 1 and 3 gained nothing (docs/accuracy.md).
+"""
+
 LARGE_OBJECT = 128
 """Pixels of the median object from which larger images are not worth their time on a CPU.
 
@@ -262,8 +268,7 @@ _Chooser = Callable[[Recipe, _Labels, _Context], Iterable[Choice]]
 def _network(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     """Choose backbone and heads; a small network where there is no GPU."""
     classes = len(data.train.classes)
-    if classes > 1 and recipe.model.head == "conv":
-        # Wu and He 2018; one class gained nothing (docs/accuracy.md).
+    if classes >= MANY_CLASSES and recipe.model.head == "conv":
         yield Choice("model.head_norm", "group", f"tells {classes} classes apart sooner")
     weights = recipe.model.backbone_weights
     if not recipe.states("model.backbone"):
