@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from white_finder import Pixels, WhiteFinder, black
 
 from retinanet.inference import Detector
 from retinanet.model.checkpoint import Checkpoint
+from white_finder import Pixels, WhiteFinder, black
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from white_finder import Pixels
 
 from retinanet.data import images as data_images
 from retinanet.errors import DataError
 from retinanet.inference import Detector, Failure, find_sources
 from retinanet.inference.detections import ImageDetections
 from retinanet.inference.writers import open_outputs
+from white_finder import Pixels
 
 
 def detect_into(detector: Detector, sources: Any, out: Path, formats: str) -> list[str]:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from white_finder import Pixels
 
 from retinanet.errors import DataError, ImageError
 from retinanet.inference import Failure, find_sources
 from retinanet.inference.sources import Source, is_single, is_video, iter_sources
+from white_finder import Pixels
 
 
 def names(given: Any) -> list[str]:

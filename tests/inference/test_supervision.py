@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from white_finder import Pixels, black
 
 from retinanet.errors import DataError, MissingExtraError
 from retinanet.inference import Detector, ImageDetections
 from retinanet.inference.detections import from_supervision, to_supervision
 from retinanet.structures import Detections
+from white_finder import Pixels, black
 
 sv = pytest.importorskip("supervision")
 

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import pytest
 from PIL import Image
-from white_finder import Pixels
 
 from retinanet.cli import main
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.inference import Detector, ImageDetections, UrlSource, find_sources
 from retinanet.inference import detector as detector_module
 from retinanet.inference.urls import fetch
+from white_finder import Pixels
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from white_finder import Pixels
 
 from retinanet import __version__
 from retinanet.data import read_dataset
 from retinanet.errors import ConfigError, DataError
 from retinanet.inference import Detector, Failure, ImageDetections
 from retinanet.inference.writers import OUTPUT_FORMATS, open_outputs, write_coco, write_json
+from white_finder import Pixels
 
 FAILURE = Failure("b/broken.jpg", "b/broken.jpg: cut short", ValueError())
 
