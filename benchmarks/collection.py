@@ -1,13 +1,13 @@
-"""How fast collections are on Ray, and whether their memory stays flat.
+"""Measure speed and memory of detection in collections on Ray.
 
     python benchmarks/collection.py rates MODEL IMAGES [--images N] [--rounds N]
     python benchmarks/collection.py memory IMAGES [--sizes 1000,20000]
 
-``rates`` searches the same images with the local engine and with 1, 2 and 4 workers on a local
-cluster of four cores, in turns; ``memory`` searches collections of each size (the images again
-and again, through hard links) with a small network of random weights at 64 pixels, and samples the
-memory of the driver, of the workers, of Ray and of its object store. Each measurement is a process
-of its own. Both print a Markdown table.
+``rates`` detects in the same images with the local engine and with 1, 2 and 4 workers on a local
+cluster of four cores, interleaved. ``memory`` detects in collections of each size (the images
+repeated through symbolic links) with a small random network at 64 pixels, and samples the memory of
+driver, workers, Ray and its object store. Each measurement is a process of its own. Both print a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ CORES = 4
 
 
 def links(source: Path, folder: Path, count: int) -> Path:
-    """`count` images in `folder`: those of `source` again and again."""
-    files = sorted(one for one in source.rglob("*") if one.suffix.lower() in (".jpg", ".png"))
+    """Link `count` images into `folder`, repeating those of `source`."""
+    files = sorted(f for f in source.rglob("*") if f.suffix.lower() in (".jpg", ".png"))
     if not files:
-        sys.exit(f"{source} holds no .jpg or .png")
+        sys.exit(f"{source} has no .jpg or .png")
     for i in range(count):
-        place = folder / f"{i // 1000:04d}" / f"{i:07d}{files[i % len(files)].suffix}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(files[i % len(files)].resolve())
+        link = folder / f"{i // 1000:04d}" / f"{i:07d}{files[i % len(files)].suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(files[i % len(files)].resolve())
     return folder
 
 
 def small_model(folder: Path) -> Path:
-    """A network that takes milliseconds, so that all else shows."""
+    """Save a network that takes milliseconds, so that everything else dominates."""
     from retinanet.model.checkpoint import Checkpoint, save_checkpoint
     from retinanet.model.retinanet import RetinaNet
 
@@ -56,7 +56,7 @@ def small_model(folder: Path) -> Path:
 
 
 def one(engine: str, model: str, images: str, out: str, workers: int, size: int | None) -> None:
-    """Search once, in this process, and print the seconds as JSON."""
+    """Detect once in this process, and print the seconds as JSON."""
     began = time.perf_counter()
     times: list[tuple[float, int]] = []
     if engine == "local":
@@ -145,24 +145,24 @@ def heading() -> str:
 
 def rates(model: str, source: Path, count: int, rounds: int, size: int | None) -> None:
     print(heading() + "\n")
-    ways = [("local", 1), ("ray", 1), ("ray", 2), ("ray", 4)]
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {way: [] for way in ways}
+    engines = [("local", 1), ("ray", 1), ("ray", 2), ("ray", 4)]
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {engine: [] for engine in engines}
     with tempfile.TemporaryDirectory(prefix="collection-") as where:
         folder = links(source, Path(where, "images"), count)
         for round_ in range(rounds):
-            for engine, workers in ways[round_ % 4 :] + ways[: round_ % 4]:
+            for engine, workers in engines[round_ % 4 :] + engines[: round_ % 4]:
                 out = Path(where, f"out-{round_}-{engine}-{workers}")
                 arguments = [engine, model, str(folder), str(out), str(workers), str(size or 0)]
                 found[engine, workers].append(run(*arguments))
                 print(engine, workers, found[engine, workers][-1], os.getloadavg(), file=sys.stderr)
     print("| engine | images/s, median (least to most) | with the start |\n|---|---|---|")
     for (engine, workers), results in found.items():
-        steady = [one["rate"] for one in results]
-        whole = [one["images"] / one["seconds"] for one in results]
+        steady = [result["rate"] for result in results]
+        with_start = [result["images"] / result["seconds"] for result in results]
         name = "local" if engine == "local" else f"ray, {workers} x {CORES // workers} cores"
         cells = [
             f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"
-            for each in (steady, whole)
+            for each in (steady, with_start)
         ]
         print(f"| {name} | {cells[0]} | {cells[1]} |")
     print(f"\nload average {os.getloadavg()[0]:.1f} after")

@@ -1,17 +1,16 @@
-"""Tiles against the whole image: AP on mosaics, objects on seams, and what a huge TIFF costs.
+"""Compare tiles with the whole image: AP on mosaics, objects at seams, cost of a huge TIFF.
 
     python benchmarks/tiles.py accuracy RUN DATA [--tile 256] [--per-mosaic 33] [--keep FOLDER]
     python benchmarks/tiles.py cost RUN DATA [--tile 1024] [--sides 5000 20000]
 
-``accuracy`` lays the validation images of DATA (COCO: a folder with val.json) side by side, each
-whole, into mosaics in which the objects are too small for the network's input, and judges what the
-model of RUN finds there: in the whole alone, and in tiles too, at several overlaps and by several
-rules of merging. The same images, searched one by one, are the reference. A minute or two an
-overlap on four cores.
+``accuracy`` puts the validation images of DATA (COCO: a folder with val.json) side by side into
+mosaics, in which the objects are too small for the network's input, and evaluates the model of RUN
+on them: without tiles, and with tiles of several overlaps and merging rules. The reference is the
+model on the separate images. It takes a minute or two per overlap on four cores.
 
-``cost`` writes TIFFs of such images in deflated tiles, and searches each in a process of its own:
-peak memory, and time beside a plain loop that reads the TIFF whole, cuts it and searches a crop at
-a time, in turns.
+``cost`` writes TIFFs of such images in deflated tiles, and measures detection in each in a process
+of its own: peak memory, and time against a plain loop that reads the TIFF at once, cuts it and
+detects in a crop at a time, interleaved.
 """
 
 from __future__ import annotations
@@ -48,16 +47,16 @@ from retinanet.structures import Detections
 
 OVERLAPS = (0.0, 0.1, 0.2, 0.3)
 MOST = 5000
-"""Boxes of a mosaic that are evaluated: more than there are objects."""
+"""Boxes evaluated per mosaic: more than it has objects."""
 
 SEEN = 0.3
-"""Score from which an object counts as found where seams are looked at."""
+"""Score from which an object counts as found at a seam."""
 
 Rule = Callable[[list[Part], tuple[int, int], float], Detections]
 
 
 def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> Dataset:
-    """Images in rows, in an order that the seed 0 gives, the higher ones of a mosaic first."""
+    """Put images into rows, in random order (seed 0), the higher images of a mosaic first."""
     order = np.random.default_rng(0).permutation(len(data.images))
     mosaics = []
     for number, start in enumerate(range(0, len(order) - each + 1, each)):
@@ -93,7 +92,7 @@ def make_mosaics(data: Dataset, folder: Path, each: int, width: int = 2600) -> D
 def search_parts(
     detector: Detector, file: Path, tile: int, overlap: float, batch_size: int = 8
 ) -> tuple[tuple[int, int], list[Part]]:
-    """The whole and the tiles of an image, before they are merged."""
+    """Detect in an image and in its tiles, before merging."""
     windows = open_windows(file)
     parts: list[Part] = []
     wanted = [None, *tile_windows(windows.size, tile, overlap)]
@@ -106,7 +105,7 @@ def search_parts(
 
 
 def laid_out(found: Sequence[Detections], mosaic: LabelledImage) -> Detections:
-    """What was found in single images, where these lie in a mosaic."""
+    """Move the detections of single images to their positions in a mosaic."""
     moved = [
         (found[i].boxes + torch.tensor([x, y, x, y]), found[i].scores, found[i].labels)
         for i, (x, y) in mosaic.extra["laid"]
@@ -117,13 +116,13 @@ def laid_out(found: Sequence[Detections], mosaic: LabelledImage) -> Detections:
 
 
 def placed(part: Part) -> Tensor:
-    """Boxes in pixels of the image."""
+    """Convert boxes to pixels of the image."""
     x, y = (0, 0) if part.window is None else part.window[:2]
     return part.objects.boxes + torch.tensor([x, y, x, y])
 
 
 def all_boxes(parts: list[Part]) -> Detections:
-    """Of all parts, best first."""
+    """Concatenate the detections of all parts, best first."""
     boxes = torch.cat([placed(part) for part in parts])
     scores = torch.cat([part.objects.scores for part in parts])
     labels = torch.cat([part.objects.labels for part in parts])
@@ -149,7 +148,7 @@ def nms_alone(parts: list[Part], size: tuple[int, int], threshold: float) -> Det
 
 
 def by_smaller(union: bool) -> Rule:
-    """The idea of sahi: what shares over half of the smaller box with a better one is part of it.
+    """Merge as sahi does: a box that shares over half of the smaller box with a better one.
 
     With `union` (its GREEDYNMM) the better box grows over the other, else the other goes.
     """
@@ -194,7 +193,7 @@ SLOW = (smaller, union)
 def on_seams(
     mosaics: Dataset, found: Sequence[Detections], windows: Sequence[list[Any]]
 ) -> tuple[int, float, float]:
-    """Objects that a tile's border cuts; the share of them found, and found more than once."""
+    """Count objects cut by a tile's border; return the shares found, and found more than once."""
     count = hit = twice = 0
     for image, objects, tiles in zip(mosaics.images, found, windows, strict=True):
         boxes = torch.tensor([one.box for one in image.annotations])
@@ -265,7 +264,7 @@ def accuracy(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def write_tiff(file: Path, side: int, images: list[np.ndarray[Any, Any]]) -> None:
-    """The mosaics over and over, side x side, in deflated tiles of 512."""
+    """Write the mosaics repeatedly, side x side pixels, in deflated tiles of 512."""
     import tifffile
 
     def tiles() -> Iterator[np.ndarray[Any, Any]]:
@@ -287,7 +286,7 @@ def write_tiff(file: Path, side: int, images: list[np.ndarray[Any, Any]]) -> Non
 
 
 def search_file(arguments: argparse.Namespace) -> None:
-    """In a process of its own: one line of JSON."""
+    """Measure in this process, and print a line of JSON."""
     Image.MAX_IMAGE_PIXELS = None  # for the plain loop
     detector = load(arguments.run, arguments.device, precision=arguments.precision)
     file = Path(arguments.file)
@@ -328,7 +327,7 @@ def search_file(arguments: argparse.Namespace) -> None:
 
 
 def _peak() -> float:
-    """MB."""
+    """Return peak memory in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -1,11 +1,10 @@
-"""How near ``retinanet detect CLIP`` comes to its slowest stage.
+"""Compare ``retinanet detect CLIP`` with its slowest stage.
 
     python benchmarks/video.py RUN PHOTOS [--size 640x480 1280x720] [--frames N] [--rounds N]
 
-Makes a clip in which a camera pans over the photos in PHOTOS, with sound, and searches it, in turn:
-end to end as the command does; with the same code one stage after the other, each stage timed; and
-the network alone on the same frames. Prints a markdown table: medians and the least and most over
-the rounds, in frames a second.
+Makes a clip with sound that pans over the photos in PHOTOS, and detects in it in interleaved
+rounds: end to end as the command does; stage after stage, each timed; and the network alone on the
+same frames. Prints a Markdown table of frames per second: median, minimum and maximum.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from retinanet.video.reading import Sound, VideoReader
 from retinanet.video.writing import VideoWriter
 
 STAGES = ("decode", "prepare", "search", "draw", "encode")
-_RATE, _SHOWN = 25, 50  # frames a second; frames that a photo is panned over
+_RATE, _SHOWN = 25, 50  # frames per second; frames of a photo
 
 
 def make_clip(file: Path, photos: list[Any], width: int, height: int, frames: int) -> None:
