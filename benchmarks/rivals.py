@@ -95,6 +95,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "settings": settings if is_first else [*shared, *settings],
             }
             rows.append(own | run_apart(own))
+            if options.out:
+                options.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
             if is_first:
                 shared = rows[-1]["shared"]
                 chosen = ", ".join(f"{key}={value}" for key, value in shared)
@@ -148,8 +150,6 @@ def main() -> None:
         parser.error("DATA is missing: give a folder of labelled images")
     rows = compare(options)
     print(table(rows))
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

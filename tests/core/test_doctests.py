@@ -19,8 +19,8 @@ MODULES = [
     "postprocess",
     "structures",
     "config",
-    "training.optim",
-    "training.step",
+    *("losses.modules", "model.heads", "paper.budget", "report.html", "report.speed_accuracy"),
+    *("training.optim", "training.step", "training.time_limit"),
 ]
 
 

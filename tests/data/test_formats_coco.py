@@ -54,6 +54,21 @@ def test_mask_that_is_no_polygon_of_a_box_within_a_pixel(
     assert image.annotations[2].box == (10, 15, 30, 22.5)
 
 
+@pytest.mark.parametrize("ids", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("kept", [0, 1])
+def test_image_listed_twice_is_dropped_if_both_entries_have_no_usable_object(
+    ids: tuple[int, int], kept: int, tmp_path: Path, make_image: MakeImage
+) -> None:
+    make_image(tmp_path / "a.jpg")
+    objects = [coco_object(1, 1, [None, 0, 4, 4]), coco_object(2, 2, [1, 1, 9, 9])]
+    images = [coco_image(id_, "a.jpg") for id_ in ids]
+    write(tmp_path / "train.json", coco_json(images, objects[: 1 + kept]))
+    dataset = read_dataset(tmp_path, "train")
+    assert [len(image.annotations) for image in dataset.images] == [1] * kept
+    fixes = [problem.fix for problem in dataset.problems]
+    assert ("the image is dropped" in fixes) == (not kept)
+
+
 def test_categories_that_are_nested_too_deeply(tmp_path: Path) -> None:
     nested = "[" * 100_000 + "]" * 100_000
     write(tmp_path / "train.json", f'{{"images": [], "annotations": [], "categories": {nested}}}')

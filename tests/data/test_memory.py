@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import retinanet as rn
-from retinanet.data import digest, read_dataset, read_splits
+from retinanet.data import digest, read_dataset, read_splits, usable
 from retinanet.data.images import read_image
 from retinanet.data.memory import from_torch
 from retinanet.errors import DataError, ImageError
@@ -53,6 +53,12 @@ def test_images_in_memory_keep_their_pixels(image: Any) -> None:
 def test_arrays_that_do_not_fit_are_an_error(boxes: Any, labels: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         rn.Dataset.from_arrays([RED], boxes, labels, ["cat", "dog"])
+
+
+def test_empty_boxes_alone_are_no_fractions() -> None:
+    dataset = rn.Dataset.from_arrays([RED], [[[0, 0, 0, 0]]], [[0]], ["cat"])
+    _, dropped = usable(dataset)
+    assert dropped[0].kind == "box-empty"
 
 
 def test_image_of_an_unknown_range_is_named() -> None:

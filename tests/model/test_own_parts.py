@@ -159,6 +159,14 @@ class Sized(Net):
         super().__init__()
 
 
+class Faulty(Net):
+    """Its constructor has an error of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        len(3)  # type: ignore[arg-type]
+
+
 def test_faulty_backbones_are_named() -> None:
     wide = rn.build_retinanet(1, backbone=Wide, p2=True, **SMALL)
     with pytest.raises(
@@ -167,6 +175,8 @@ def test_faulty_backbones_are_named() -> None:
         wide.detect(torch.zeros(1, 3, 64, 64))
     with pytest.raises(rn.ConfigError, match=r"Sized' is built without arguments: .* 'width'"):
         rn.build_retinanet(1, backbone=Sized, **SMALL)
+    with pytest.raises(TypeError, match="'int' has no len"):
+        rn.build_retinanet(1, backbone=Faulty, **SMALL)
 
 
 def test_settings_of_other_backbones_are_errors() -> None:

@@ -191,7 +191,7 @@ class Dataset:
             file = as_file(image, f"{split or 'image'}-{index}")
             found.append(LabelledImage(file, index, annotations))
         sides = [side for image in found for item in image.annotations for side in item.box]
-        if sides and max(sides) <= 1:
+        if sides and 0 < max(sides) <= 1:
             raise DataError(
                 f"boxes are in pixels: found none over {max(sides):.3g}; multiply fractions by the "
                 "images' widths and heights"

@@ -7,6 +7,7 @@ strides 4, 8, 16 and 32.
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 import sys
@@ -312,9 +313,10 @@ def build_backbone(
     if is_own(name):
         kind = find_module("backbone", name)
         try:
-            net = kind()
+            inspect.signature(kind).bind()
         except TypeError as error:
             raise ConfigError(f"backbone {name!r} is built without arguments: {error}") from None
+        net = kind()
         backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()

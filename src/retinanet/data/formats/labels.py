@@ -582,11 +582,11 @@ def build(
     sizes = dict(zip(unknown, image_sizes(unknown), strict=True))
     images: dict[Path, LabelledImage] = {}
     ids: set[int | str] = set()
+    faulty: list[Path] = []
     for file, image, path in found:
         built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
-        if image.has_faults and not built.annotations:
-            listed.append(Problem("label-unreadable", path, image.id, ALL_FAULTY, DROPPED))
-            continue
+        if image.has_faults:
+            faulty.append(path)
         if path in images:
             images[path] = _merge_images(images[path], built, listed)
             continue
@@ -594,6 +594,10 @@ def build(
         id_ = next(candidate for candidate in candidates if candidate not in ids)
         ids.add(id_)
         images[path] = built if id_ == image.id else replace(built, id=id_)
+    for path in dict.fromkeys(faulty):  # after entries of the same image are merged
+        if not images[path].annotations:
+            id_ = images.pop(path).id
+            listed.append(Problem("label-unreadable", path, id_, ALL_FAULTY, DROPPED))
     return Dataset(
         images=tuple(images.values()),
         classes=classes.names,
