@@ -62,7 +62,7 @@ def test_plan_gives_validations_a_tenth_of_the_time() -> None:
 
 def plan(seconds: float, pace: Pace, *settings: str, **options: Any) -> tuple[dict[str, Any], Plan]:
     loaded = load_recipe("quick", [f"train.time={seconds}", *settings])
-    options = {"num_images": 1000, "objects_per_image": 5.0, "max_side": 640} | options
+    options = {"num_images": 1000, "max_side": 640} | options
     return plan_training(loaded, pace, 0.0, **options)
 
 
@@ -89,16 +89,6 @@ def test_plan_with_few_steps_halves_the_batch_and_then_the_images() -> None:
     changes, planned = plan(1000, Pace(8.0, 0.0))
     assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
     assert planned.steps == 542
-
-
-def test_plan_keeps_a_batch_of_few_objects() -> None:
-    # 4 images with 3.9 objects each have under 16: instead of them images become smaller.
-    changes, planned = plan(1000, Pace(4.0, 0.0), objects_per_image=3.9)
-    assert "train.batch_size" not in changes
-    assert (changes["data.image_size"], planned.steps) == (256, 542)
-    # 60 s leave 56.4 s: 15 steps of 8 / 2.25 s at 256 px, so the batch is halved after all.
-    changes, planned = plan(60, Pace(8.0, 0.0), objects_per_image=1.0)
-    assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
 
 
 def test_plan_keeps_what_is_stated() -> None:

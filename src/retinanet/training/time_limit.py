@@ -27,7 +27,6 @@ _MAX_VALIDATIONS = 8
 _TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MANY_EPOCHS = 72  # above that, larger images
 _MIN_BATCH, _MIN_SIDE = 4, 256
-_MIN_OBJECTS = 16  # per batch, for fewer images in it: docs/accuracy.md
 _MEASURED_STEPS = 5  # at least, for a new plan
 _SIDE_STEP = 1.25  # between two image sizes that are considered
 
@@ -103,24 +102,21 @@ def plan_training(
     elapsed: float,
     *,
     num_images: int,
-    objects_per_image: float,
     max_side: int,
     batch_multiple: int = 1,
 ) -> tuple[dict[str, Any], Plan]:
     """Choose the length of a training for a limit and, with ``auto``, its batch and image size.
 
-    With less than 400 steps the batch is halved, which keeps the number of images seen, if it still
-    has 16 objects, and then images become smaller; where that is less than 20 steps the batch is
-    halved with fewer objects too. With more than 72 epochs images become larger.
-    What the recipe states is kept, and so is the size of tiles. The time of a step is taken as
-    proportional to batch and pixels.
+    With less than 400 steps the batch is halved, which keeps the number of images seen, and then
+    images become smaller. With more than 72 epochs they become larger. What the recipe states is
+    kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
+    pixels.
 
     Args:
         recipe: all settings.
         pace: of a step and a validation with them.
         elapsed: seconds of the limit that are over.
         num_images: images of an epoch.
-        objects_per_image: mean of the training images, without ignored objects.
         max_side: image size from which larger images are not worth their time.
         batch_multiple: of the batch size.
 
@@ -140,13 +136,9 @@ def plan_training(
     plan = plan_steps(seconds, pace)
     while plan.steps < ENOUGH_STEPS:
         half, smaller = batch // 2, next_side(side, 1 / _SIDE_STEP)
-        is_smaller = not fixed_side and smaller >= _MIN_SIDE
-        has_objects = half * objects_per_image >= _MIN_OBJECTS
-        is_last_resort = not is_smaller and plan.steps < MIN_STEPS
-        can_halve = not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple)
-        if can_halve and (has_objects or is_last_resort):
+        if not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple):
             batch, pace = half, Pace(pace.step / 2, pace.validation)
-        elif is_smaller:
+        elif not fixed_side and smaller >= _MIN_SIDE:
             side, pace = smaller, pace.at(smaller / side)
         else:
             break

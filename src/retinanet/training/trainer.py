@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -275,9 +274,6 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         pace,
         elapsed + seconds_to_tune(recipe, pace.validation),
         num_images=epoch_size(train_set, recipe.data),
-        objects_per_image=mean(
-            sum(not item.ignored for item in image.annotations) for image in train_set.images
-        ),
         max_side=max_image_size(train_set, on_gpu=settings.accelerator.device.type != "cpu"),
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
     )
