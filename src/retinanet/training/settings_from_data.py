@@ -49,13 +49,14 @@ P2_COST = 2.0
 MANY_CLASSES = 8
 """Classes from which the heads have group norm (Wu and He 2018).
 
-18 classes are told apart sooner with it; 1 and 3 gained nothing (docs/accuracy.md).
+18 classes are learned in fewer steps with it; 1 and 3 gained nothing (docs/accuracy.md).
 """
 
 LARGE_OBJECT = 128
 """Pixels of the median object from which larger images are not worth their time on a CPU.
 
-It is the anchor of P5, the coarsest level with pretrained weights: P6 and P7 learn from nothing.
+It is the anchor of P5, the coarsest level with pretrained weights: those of P6 and P7
+are random.
 """
 
 TINY_OBJECT = 8
@@ -269,7 +270,7 @@ def _network(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choic
     """Choose backbone and heads; a small network where there is no GPU."""
     classes = len(data.train.classes)
     if classes >= MANY_CLASSES and recipe.model.head == "conv":
-        yield Choice("model.head_norm", "group", f"tells {classes} classes apart sooner")
+        yield Choice("model.head_norm", "group", f"{classes} classes are learned in fewer steps")
     weights = recipe.model.backbone_weights
     if not recipe.states("model.backbone"):
         if name := backbone_of(weights):
