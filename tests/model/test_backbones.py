@@ -47,7 +47,7 @@ def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
     assert [tuple(one.shape) for one in maps] == expected
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"tiny"}))  # the tests' own
 def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
