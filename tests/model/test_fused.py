@@ -98,6 +98,12 @@ def test_no_batch_norm_and_no_separate_relu_is_left(backbone: str, pack: bool) -
     assert len(sums) == expected
 
 
+def test_batch_norm_of_a_timm_backbone_is_folded() -> None:
+    pytest.importorskip("timm")
+    fused = fused_copy(network(backbone="timm/resnet18"), torch.float32)
+    assert not [module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def test_bfloat16_is_as_near_as_autocast() -> None:
     model = network(backbone="resnet50")
     images = random_images(1, 3, 64, 64)

@@ -210,8 +210,10 @@ class OwnBackbone(Backbone):
             raise ValueError(f"the backbone returned {len(maps)} maps for {self.count} strides")
         two, three, four, five = self.indices
         found = maps[two] if two >= 0 else None, maps[three], maps[four], maps[five]
+        if not isinstance(images, Tensor) or not is_eager():  # traced: without fixed sides
+            return found
         for x, channels, stride in zip(found, self.channels, (4, 8, 16, 32), strict=True):
-            if x is None or not is_eager():  # a traced graph may have no fixed sides
+            if x is None:
                 continue
             sides = [images.shape[2] // stride, images.shape[3] // stride]
             if [*x.shape[1:]] != [channels, *sides]:
