@@ -168,6 +168,7 @@ def test_images_of_another_shape_are_refused(
         ({"prior": 1.0}, "prior: Input should be less than 1"),
         ({"chanels": 8}, "unknown setting 'chanels'; did you mean model.channels"),
         ({"num_classes": 0}, "num_classes is a whole number of at least 1, got 0"),
+        ({"num_classes": True}, "num_classes is a whole number of at least 1, got True"),
         ({"channels": 0}, "channels: Input should be greater than or equal to 1"),
         ({"head_depth": -1}, "head_depth: Input should be greater than or equal to 0"),
         ({"sizes": (32.0, 64.0)}, "one size per level"),

@@ -7,7 +7,6 @@ strides 4, 8, 16 and 32.
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import re
 import sys
@@ -36,7 +35,7 @@ from retinanet.model.blocks import (
     residual_stage,
 )
 from retinanet.model.weight_files import read_tensors
-from retinanet.own import find_module
+from retinanet.own import build_module
 from retinanet.structures import is_eager
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -292,8 +291,9 @@ def build_backbone(
 
     Args:
         name: a name in ``BACKBONES``, ``timm/NAME``, or ``module:NAME`` of an imported module: a
-            class of ``torch.nn.Module`` without arguments (:class:`OwnBackbone`). Its norms,
-            padding and weights are its own: the other arguments do not apply.
+            class of ``torch.nn.Module`` without arguments, or a function that returns one
+            (:class:`OwnBackbone`). Its norms, padding and weights are its own: the other arguments
+            do not apply.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
             usual; "group": group norm instead (Wu and He 2018).
         frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
@@ -313,12 +313,7 @@ def build_backbone(
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
     if is_own(name):
-        kind = find_module("backbone", name)
-        try:
-            inspect.signature(kind).bind()
-        except TypeError as error:
-            raise ConfigError(f"backbone {name!r} is built without arguments: {error}") from None
-        net = kind()
+        net = build_module("backbone", name)
         backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()
