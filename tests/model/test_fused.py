@@ -20,6 +20,7 @@ from retinanet.model import fused as fused_module
 from retinanet.model.backbone import Backbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
 from retinanet.model.retinanet import RetinaNet
+from retinanet.training.processes import synchronize_batch_norm
 
 PACK = [
     False,
@@ -102,6 +103,15 @@ def test_batch_norm_of_a_timm_backbone_is_folded() -> None:
     pytest.importorskip("timm")
     fused = fused_copy(network(backbone="timm/resnet18"), torch.float32)
     assert not [module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_synchronized_batch_norm_is_folded() -> None:
+    model = network(norm="sync")
+    synchronize_batch_norm(model, torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    fused = fused_copy(model, torch.float32)
+    assert not [module for module in fused.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert_same(model, fused, random_images(2, 3, 64, 96), 2e-5)
 
 
 def test_bfloat16_is_as_near_as_autocast() -> None:

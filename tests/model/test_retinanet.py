@@ -160,7 +160,7 @@ def test_images_of_another_shape_are_refused(
     ("settings", "message"),
     [
         ({"backbone": "resnet51"}, "no backbone 'resnet51'.*did you mean resnet"),
-        ({"norm": "layer"}, "norm: Input should be 'frozen', 'trained' or 'group'"),
+        ({"norm": "layer"}, "norm: Input should be 'frozen', 'trained', 'sync' or 'group'"),
         ({"norm": "frozen"}, "set norm to group"),
         ({"backbone_weights": "default"}, "set backbone_weights to none"),
         ({"p6_from": "c6"}, "p6_from: .*got 'c6'"),

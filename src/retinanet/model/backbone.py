@@ -295,7 +295,8 @@ def build_backbone(
             (:class:`OwnBackbone`). Its norms, padding and weights are its own: the other arguments
             do not apply.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
-            usual; "group": group norm instead (Wu and He 2018).
+            usual; "sync": the same, but with statistics over all processes of a training on several
+            GPUs (Peng et al. 2018, MegDet, Sec. 3.2); "group": group norm (Wu and He 2018).
         frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
         norm_eps: of batch norm; only for torchvision's networks.
         stride_padding: of stride-2 convolutions: "symmetric" (torch), or "same": at the right and
@@ -307,7 +308,7 @@ def build_backbone(
         ConfigError: an argument is invalid, or the network lacks the feature maps.
         MissingExtraError: the backbone is timm's, which is not installed.
     """
-    check_choice("norm", norm, ("frozen", "trained", "group"))
+    check_choice("norm", norm, ("frozen", "trained", "sync", "group"))
     check_choice("stride_padding", stride_padding, ("symmetric", "same"))
     if not 0 <= frozen_stages <= 5:
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")

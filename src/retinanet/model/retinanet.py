@@ -301,7 +301,8 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         # Without statistics nothing is normalized: activations grow from block to block.
         raise ConfigError(
             'norm "frozen" keeps the statistics of pretrained weights, but backbone_weights is '
-            '"none": set norm to group (model.norm=group), or to trained with large batches'
+            '"none": set norm to group (model.norm=group), or to trained or sync with large '
+            "batches"
         )
     weights = find_weights(spec.backbone, start)
     if weights is None:
