@@ -45,6 +45,7 @@ PUBLIC = [
     "anchor_labels",
     "anchor_spec",
     "box_loss",
+    "distribution_focal_loss",
     "build_retinanet",
     "check_datasets",
     "clip_boxes",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
     from retinanet.losses.box import box_loss as box_loss
+    from retinanet.losses.box import distribution_focal_loss as distribution_focal_loss
     from retinanet.losses.detection import Losses as Losses
     from retinanet.losses.detection import detection_losses as detection_losses
     from retinanet.losses.focal import cross_entropy as cross_entropy
@@ -92,7 +93,7 @@ _HOMES = {
     "retinanet.exporters.run": ("export",),
     "retinanet.inference.detections": ("Failure", "ImageDetections"),
     "retinanet.inference.detector": ("Detector", "load"),
-    "retinanet.losses.box": ("box_loss",),
+    "retinanet.losses.box": ("box_loss", "distribution_focal_loss"),
     "retinanet.losses.detection": ("detection_losses", "Losses"),
     "retinanet.losses.focal": (
         "cross_entropy",

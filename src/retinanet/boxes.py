@@ -11,6 +11,8 @@ from torch import Tensor
 MAX_LOG_SCALE = math.log(1000 / 16)
 """Largest log of a box's side over its anchor's (Detectron, torchvision): exp() stays finite."""
 
+_MIN_SCALE = 1 / 4000  # of a box's side over its anchor's, from distances: log() stays finite
+
 
 def encode_boxes(
     anchors: Tensor, boxes: Tensor, *, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
@@ -79,6 +81,48 @@ def decode_boxes(
     half_width = 0.5 * torch.exp((dw / weights[2]).clamp(max=MAX_LOG_SCALE)) * anchor_width
     half_height = 0.5 * torch.exp((dh / weights[3]).clamp(max=MAX_LOG_SCALE)) * anchor_height
     return torch.stack((x - half_width, y - half_height, x + half_width, y + half_height), dim=-1)
+
+
+def side_distances(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Compute the distances from each anchor's centre to the sides of its box.
+
+    Args:
+        anchors: (..., 4) pixels.
+        boxes: (..., 4) pixels; shapes broadcast.
+
+    Returns:
+        (..., 4) left, top, right and bottom, in quarters of the anchor's width or height: 2 each
+        for a box that is its anchor; below 0 where the centre lies outside. For a square anchor of
+        4 strides the unit is the stride, as in Li et al. 2020 (arXiv:2006.04388), Sec. 3.3.
+
+    Raises:
+        ValueError: the last dimension is not 4.
+    """
+    _check_boxes(anchors, "anchors")
+    _check_boxes(boxes, "boxes")
+    x, y, width, height = _centre_form(_at_least_float32(anchors))
+    x1, y1, x2, y2 = _at_least_float32(boxes).unbind(-1)
+    sides = (x - x1) / width, (y - y1) / height, (x2 - x) / width, (y2 - y) / height
+    return 4 * torch.stack(sides, dim=-1)
+
+
+def distances_to_deltas(distances: Tensor) -> Tensor:
+    """Convert distances of :func:`side_distances` to deltas; the anchors need not be known.
+
+    Args:
+        distances: (..., 4) left, top, right, bottom.
+
+    Returns:
+        (..., 4) dx, dy, dw, dh; width and height are at least a 4000th of the anchor's.
+
+    Raises:
+        ValueError: the last dimension is not 4.
+    """
+    _check_boxes(distances, "distances")
+    left, top, right, bottom = distances.unbind(-1)
+    width, height = ((sides / 4).clamp(min=_MIN_SCALE) for sides in (left + right, top + bottom))
+    deltas = (right - left) / 8, (bottom - top) / 8, width.log(), height.log()
+    return torch.stack(deltas, dim=-1)
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor | tuple[int, int]) -> Tensor:

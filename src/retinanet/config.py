@@ -82,6 +82,7 @@ _OTHER_NAMES = {
     "model.backbone": ("arch", "depth"),
     "model.backbone_weights": ("pretrained", "weights_backbone", "weights"),
     "model.norm": ("norm_layer", "norm_cfg", "sync_bn", "syncbn"),
+    "model.box_bins": ("reg_max",),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
     "anchors.sizes": ("anchor_sizes", "anchor_size"),
     "anchors.aspect_ratios": ("ratios", "anchor_ratios"),
@@ -89,6 +90,7 @@ _OTHER_NAMES = {
     "matching.background_iou": ("bg_iou_thresh", "neg_iou_thr"),
     "loss.alpha": ("focal_loss_alpha", "focal_alpha"),
     "loss.gamma": ("focal_loss_gamma", "focal_gamma", "fl_gamma"),
+    "loss.distribution_weight": ("dfl", "loss_dfl", "dfl_weight"),
     "loss.box_beta": ("smooth_l1_beta", "smooth_l1_loss_beta"),
     "detect.score_threshold": ("conf", "score_thresh", "score_thr", "score_thresh_test"),
     "detect.nms": ("nms_type", "nms_method"),
@@ -175,11 +177,22 @@ class ModelConfig(_Section):
     head: Annotated[Literal["conv"], OwnOr] = "conv"  # Sec. 4; or "module:NAME"
     head_depth: int = Field(4, ge=0)  # Sec. 4: 3x3 convolutions before the last, in each head
     head_norm: Literal["none", "group"] = "none"  # the paper has none
+    box_bins: int = Field(0, ge=0)  # 0: deltas (Sec. 4); 16: distributions (Li et al. 2020, Sec. 3)
     prior: float = Field(0.01, gt=0, lt=1)  # Sec. 3.3: initial score of every anchor
     pixel_mean: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     pixel_std: tuple[float, float, float] | None = None  # 0..255; None: as the weights
     stride_padding: Literal["symmetric", "same"] | None = None  # None: as the weights
     stride_in_1x1: bool = False  # stride of a bottleneck in its first convolution (He et al. 2015)
+
+    @model_validator(mode="after")
+    def _check_bins(self) -> Self:
+        # A side is a quarter of the anchor's times 0..n away: 2 is the anchor itself.
+        if 0 < self.box_bins < 4:
+            raise ValueError(
+                f"box_bins {self.box_bins} has no boxes of twice an anchor's side: set 4 or more "
+                "(16: Li et al. 2020), or 0 for deltas"
+            )
+        return self
 
 
 class AnchorConfig(_Section):
@@ -247,6 +260,7 @@ class LossConfig(_Section):
     )
     box_beta: float = Field(0.11, gt=0)  # paper silent; Detectron .11
     box_weight: float = Field(1.0, ge=0)  # Sec. 4.1: the plain sum
+    distribution_weight: float = Field(0.25, ge=0)  # with model.box_bins; Li et al. 2020: 1/4
     normalizer: Literal["image", "batch", "running"] = "image"  # Sec. 4.1: an image's own anchors
 
     @model_validator(mode="after")
@@ -461,6 +475,18 @@ class Recipe(_Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     detect: DetectConfig = DetectConfig()
+
+    @model_validator(mode="after")
+    def _check_distribution_weight(self) -> Self:
+        weight = self.loss.distribution_weight
+        # The network of train.init may have bins.
+        unused = not self.model.box_bins and self.train.init is None
+        if unused and weight not in (0, LossConfig().distribution_weight):
+            raise ValueError(
+                f"loss.distribution_weight {weight} has no effect without bins: set "
+                "model.box_bins=16, or omit it"
+            )
+        return self
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -827,7 +853,7 @@ def explain(error: ValidationError) -> str:
     got = first.get("input")
     shown = "" if isinstance(got, dict | BaseModel) else f" (got {got!r})"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}{shown}" + (
+    return f"{where}{': ' * bool(where)}{message}{shown}" + (
         f"; {len(error.errors()) - 1} more" if len(error.errors()) > 1 else ""
     )
 

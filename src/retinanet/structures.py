@@ -29,11 +29,14 @@ class Outputs(NamedTuple):
     """Outputs of the network for a batch, by level in the heads' layout.
 
     ``logits[l]``: (B, A * K, H_l, W_l), channel ``a * K + k``; ``deltas[l]``: (B, A * 4, H_l, W_l),
-    channel ``a * 4 + i``. In channels_last memory :func:`flatten_level` is a view, not a copy.
+    channel ``a * 4 + i``; with ``box_bins`` n also ``distributions[l]``: (B, A * 4 * (n + 1), H_l,
+    W_l), channel ``(a * 4 + side) * (n + 1) + bin``, the logits whose expectation the deltas are,
+    which only the loss needs. In channels_last memory :func:`flatten_level` is a view, not a copy.
     """
 
     logits: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
+    distributions: tuple[Tensor, ...] = ()
 
 
 def flatten_level(level: Tensor, last: int) -> Tensor:

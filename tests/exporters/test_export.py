@@ -28,6 +28,7 @@ from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.model.fpn import FeaturePyramid
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
+from tiny_backbone import tiny_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -101,6 +102,21 @@ def test_exported_file_gives_the_detections_of_the_network(
             torch.testing.assert_close(got.scores, want.scores, atol=1e-4, rtol=0)
             torch.testing.assert_close(got.boxes, want.boxes, atol=2e-2, rtol=0)
             assert got.labels.tolist() == want.labels.tolist()
+
+
+def test_exported_file_of_distributions_gives_the_detections_of_the_network(
+    checkpoint: Checkpoint, tmp_path: Path, images: Path
+) -> None:
+    model = tiny_network(3, spread=True, norm="frozen", box_bins=8)
+    model.class_head.load_state_dict(checkpoint.model.class_head.state_dict())
+    given = replace(checkpoint, model=model)
+    report = export(given, "onnx", out=tmp_path / "m.onnx", images=2, tolerance=WIDE)
+    assert report.passed
+    assert report.network_size.matched == report.network_size.boxes > 10
+    assert (report.network_size.score < 1e-4) & (report.network_size.box < 0.05)
+    expected = Detector(given, device="cpu", precision="float32").detect(images)
+    for got, want in zip(load(report.file, device="cpu").detect(images), expected, strict=True):
+        torch.testing.assert_close(got.boxes, want.boxes, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["onnx", "raw"])

@@ -73,6 +73,7 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
         {"stride_padding": "same"},
         {"norm": "group"},
         {"head_norm": "group"},
+        {"box_bins": 8},
         {"head_depth": 0},
         {"backbone": "timm/resnet18"},
         {"backbone": "timm/efficientnet_b0"},

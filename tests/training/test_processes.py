@@ -40,6 +40,7 @@ LOSSES = (
         "loss.normalizer=batch",
         "loss.classification=quality_focal",
         "loss.box=giou",
+        "model.box_bins=8",
     ),
     ("loss.mining=ohem_1_3", "loss.classification=cross_entropy", "loss.normalizer=batch"),
 )

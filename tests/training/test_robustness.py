@@ -120,8 +120,12 @@ def test_train_full_disk_names_the_file(tiny_data: Path, tmp_path: Path) -> None
     assert error.value.filename == str(tmp_path / "run" / "log.jsonl")
 
 
-def test_overfit_learns_without_augmentation(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bins", [(), ("model.box_bins=8", "loss.box=giou", "loss.box_weight=2")])
+def test_overfit_learns_without_augmentation(
+    tiny_data: Path, tmp_path: Path, bins: tuple[str, ...]
+) -> None:
     recipe = tiny_recipe(
+        *bins,
         "model.channels=32", "train.lr=0.003", "anchors.sizes=[8,16,32,64,128]",
         "matching.low_quality_matches=true", "train.warmup_steps=10", "train.deterministic=false",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Losses: classification (Lin et al. 2017, Sec. 3), boxes, and both for a detector's outputs."""
 
 from retinanet.losses.assignment import Assignment, assign_anchors
-from retinanet.losses.box import BOX_LOSSES, box_loss
+from retinanet.losses.box import BOX_LOSSES, box_loss, distribution_focal_loss
 from retinanet.losses.detection import (
     RUNNING_START,
     Losses,
@@ -31,6 +31,7 @@ __all__ = [
     "classification_loss",
     "cross_entropy",
     "detection_losses",
+    "distribution_focal_loss",
     "focal_loss",
     "focal_loss_star",
     "hard_examples",

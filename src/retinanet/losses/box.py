@@ -88,6 +88,44 @@ def box_loss(
     return diou + weight * difference
 
 
+def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
+    r"""Distribution focal loss: cross entropy with the two bins around each distance.
+
+    .. math:: DFL(S_i, S_{i+1}) = -((y_{i+1} - y) \log S_i + (y - y_i) \log S_{i+1})
+
+    Source: Li et al. 2020 (arXiv:2006.04388), Sec. 3.3, Eq. 6. As in the published code distances
+    are clamped to [0, n - .1].
+
+    Args:
+        logits: (..., n + 1) of a softmax over the distances 0..n, any float type; computed in
+            float32 or wider.
+        distances: (...) targets, in bins.
+
+    Returns:
+        (...) float32 or float64; at least the entropy of the two weights, 0 for whole distances.
+
+    Raises:
+        ValueError: shapes differ, or there are fewer than two bins.
+
+    Example: a distance of 1.25 is 3/4 of bin 1 and 1/4 of bin 2, here of probability 1/3 each.
+
+        >>> round(float(distribution_focal_loss(torch.zeros(1, 3), torch.tensor([1.25]))), 4)
+        1.0986
+    """
+    if logits.shape[:-1] != distances.shape or logits.shape[-1:] < (2,):
+        raise ValueError(
+            f"distributions are (..., n + 1) for distances (...), n >= 1, got "
+            f"{tuple(logits.shape)} and {tuple(distances.shape)}"
+        )
+    working = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_p = logits.to(working).log_softmax(dim=-1)
+    target = distances.detach().to(working).clamp(0, logits.shape[-1] - 1 - 0.1)
+    lower = target.long()
+    share = target - lower
+    pair = log_p.gather(-1, torch.stack((lower, lower + 1), dim=-1))
+    return -(pair[..., 0] * (1 - share) + pair[..., 1] * share)
+
+
 class _Pair(NamedTuple):
     """Comparison of two lists of boxes (N, 4): all (N,); sides are the enclosing box's."""
 

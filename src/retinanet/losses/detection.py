@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from retinanet import own
-from retinanet.boxes import decode_boxes
+from retinanet.boxes import decode_boxes, side_distances
 from retinanet.config import LossConfig, LossSettings, is_own
 from retinanet.losses.assignment import Assignment, assign_anchors
-from retinanet.losses.box import box_loss
+from retinanet.losses.box import box_loss, distribution_focal_loss
 from retinanet.losses.focal import make_formula, weighted_sum
 from retinanet.losses.ohem import NEGATIVES_PER_POSITIVE, hard_examples
 from retinanet.matching import anchor_labels
@@ -35,7 +35,7 @@ class Losses:
 
     Attributes:
         classification: ().
-        box: (), already times its weight.
+        box: (), already times its weight; with distributions their loss, times its own, is added.
         foreground: (B,) int64 number of foreground anchors per image.
         normalizer: () divisor of the batch's sums (with mining the box loss's); for ``image`` the
             mean over the images. With ``running`` this is the state to pass to the next step.
@@ -66,6 +66,9 @@ def detection_losses(
     """Compute the classification and box loss of a batch.
 
     Both depend on every output, with or without objects, so that each parameter has a gradient.
+
+    Where the outputs have distributions of the boxes' sides, the distribution focal loss is added
+    to the box loss (Li et al. 2020, Sec. 3.3).
 
     Source: Lin et al. 2017, Sec. 4.1: the sum over all anchors of an image, divided by the number
     of anchors assigned to an object. Mining: Sec. 5.1, "Online Hard Example Mining"; each image's
@@ -130,6 +133,9 @@ def detection_losses(
     )
     box_losses = _box_losses(outputs, all_anchors, targets, assignment, settings)
     box = (box_losses * weights).sum() * settings.box_weight
+    if outputs.distributions and settings.distribution_weight:
+        sums = _distribution_losses(outputs, anchors, targets, assignment)
+        box = box + (sums * weights).sum() * settings.distribution_weight
     return Losses(class_loss, box, (matches >= 0).sum(dim=1), normalizer)
 
 
@@ -261,33 +267,74 @@ def _box_losses(
         return losses.new_zeros(len(matches)).index_add(0, image, losses)
     # Selecting the foreground would need a device sync. Instead an anchor without an object gets
     # itself as its box, and deltas of 0 without a gradient.
-    all_anchors = anchors.expand(len(matches), -1, -1)
-    boxes = all_anchors
-    if targets.boxes.shape[1]:
-        objects = matches.clamp(min=0)[..., None].expand(-1, -1, 4)
-        boxes = targets.boxes.gather(1, objects).where(foreground[..., None], all_anchors)
     losses = box_loss(
         kind,
         deltas.where(foreground[..., None], 0).flatten(0, 1),
-        all_anchors.flatten(0, 1),
-        boxes.flatten(0, 1),
+        anchors.expand(len(matches), -1, -1).flatten(0, 1),
+        _boxes_or_anchors(anchors, targets, matches).flatten(0, 1),
         beta=beta,
     )
     losses = losses.view(matches.shape).where(foreground, 0)
     return (losses if scores is None else losses * scores).sum(dim=1)
 
 
+def _distribution_losses(
+    outputs: Outputs, anchors: Sequence[Tensor], targets: Targets, assignment: Assignment
+) -> Tensor:
+    """Sum the distribution focal losses of each image's foreground anchors, (B,).
+
+    Each is the mean over the four sides (Li et al. 2020, published code), weighted as the box loss.
+    """
+    matches, scores = assignment.matches, assignment.scores
+    rows = [len(boxes) for boxes in anchors]
+    total = matches.new_zeros(len(matches), dtype=torch.float32)
+    # Level by level: in channels_last memory no logit is copied but those selected.
+    for level, deltas, boxes, objects, weights in zip(
+        outputs.distributions,
+        outputs.deltas,
+        anchors,
+        torch.split(matches, rows, dim=1),
+        torch.split(matches >= 0 if scores is None else scores, rows, dim=1),
+        strict=True,
+    ):
+        bins = level.shape[1] // deltas.shape[1]
+        logits = flatten_level(level, 4 * bins).view(len(level), -1, 4, bins)
+        foreground = objects >= 0
+        if is_readable(matches):
+            image, row = foreground.nonzero(as_tuple=True)
+            distances = side_distances(boxes[row], targets.boxes[image, objects[image, row]])
+            losses = distribution_focal_loss(logits[image, row], distances).mean(dim=-1)
+            sums = losses.new_zeros(len(objects)).index_add(0, image, losses * weights[image, row])
+        else:
+            distances = side_distances(boxes, _boxes_or_anchors(boxes, targets, objects))
+            logits = logits.where(foreground[..., None, None], 0)
+            losses = distribution_focal_loss(logits, distances).mean(dim=-1)
+            sums = (losses * weights).where(foreground, 0).sum(dim=1)
+        total = total + sums
+    return total
+
+
+def _boxes_or_anchors(anchors: Tensor, targets: Targets, matches: Tensor) -> Tensor:
+    """Return the box (B, R, 4) of each anchor's object, and itself without one; no device sync."""
+    if not targets.boxes.shape[1]:
+        return anchors.expand(len(matches), -1, -1)
+    objects = matches.clamp(min=0)[..., None].expand(-1, -1, 4)
+    return targets.boxes.gather(1, objects).where((matches >= 0)[..., None], anchors)
+
+
 def _check_levels(
     outputs: Outputs, anchors: Sequence[Tensor], images: int, num_classes: int
 ) -> None:
-    counts = {len(outputs.logits), len(outputs.deltas), len(anchors)}
+    has_distributions = bool(outputs.distributions)
+    distributions = outputs.distributions or outputs.deltas
+    counts = {len(outputs.logits), len(outputs.deltas), len(distributions), len(anchors)}
     if len(counts) > 1 or not anchors:
         raise ValueError(
             f"logits, deltas and anchors have {len(outputs.logits)}, {len(outputs.deltas)} and "
-            f"{len(anchors)} levels"
+            f"{len(anchors)} levels" + f", distributions {len(distributions)}" * has_distributions
         )
-    for level, (logits, deltas, boxes) in enumerate(
-        zip(outputs.logits, outputs.deltas, anchors, strict=True)
+    for level, (logits, deltas, distribution, boxes) in enumerate(
+        zip(outputs.logits, outputs.deltas, distributions, anchors, strict=True)
     ):
         batch, _, rows, columns = logits.shape
         per_cell = deltas.shape[1] // 4
@@ -295,11 +342,13 @@ def _check_levels(
         if (
             tuple(logits.shape) != expected
             or tuple(deltas.shape) != (batch, per_cell * 4, rows, columns)
+            or distribution.shape[1] % (per_cell * 4)
+            or distribution[:, : per_cell * 4].shape != deltas.shape
             or len(boxes) != rows * columns * per_cell
             or batch != images
         ):
             raise ValueError(
-                f"level {level}: logits {tuple(logits.shape)}, deltas {tuple(deltas.shape)} and "
-                f"{len(boxes)} anchors do not fit {images} images and "
-                f"{num_classes} classes"
+                f"level {level}: logits {tuple(logits.shape)}, deltas {tuple(deltas.shape)}"
+                + f", distributions {tuple(distribution.shape)}" * has_distributions
+                + f" and {len(boxes)} anchors do not fit {images} images and {num_classes} classes"
             )

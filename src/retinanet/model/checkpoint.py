@@ -48,7 +48,7 @@ NETWORK = tuple(
 )
 
 # Settings that older files of version 1 lack: their defaults are what those networks have.
-ADDED = ("p7_relu", "stride_in_1x1", "head")
+ADDED = ("p7_relu", "stride_in_1x1", "head", "box_bins")
 
 
 @dataclass(frozen=True)

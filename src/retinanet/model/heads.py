@@ -7,9 +7,12 @@ deviation .01, bias 0 except for the prior).
 from __future__ import annotations
 
 import math
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from retinanet.boxes import distances_to_deltas
 from retinanet.config import ModelSpec, is_own
 from retinanet.errors import ConfigError
 from retinanet.model.backbone import group_norm
@@ -22,7 +25,7 @@ class Head(nn.Module):
     Args:
         channels: of the pyramid, and of all but the last convolution.
         depth: convolutions before the last; the paper has 4.
-        outputs: A * K for the class head, A * 4 for the box head.
+        outputs: A * K for the class head, A * 4 for the box head (with n bins A * 4 * (n + 1)).
         norm: "none" (the paper) or "group": group norm before each ReLU.
     """
 
@@ -53,6 +56,43 @@ def build_head(spec: ModelSpec, outputs: int) -> nn.Module:
     if is_own(spec.head):
         return build_module("head", spec.head, channels=spec.channels, outputs=outputs)
     return Head(spec.channels, spec.head_depth, outputs, spec.head_norm)
+
+
+def distributions_to_deltas(level: Tensor, bins: int) -> Tensor:
+    """Convert the distributions of the sides' distances to deltas, by their expectation.
+
+    Source: Li et al. 2020 (arXiv:2006.04388), Sec. 3.3, Eq. 5.
+
+    Args:
+        level: (B, A * 4 * (bins + 1), H, W) logits over the distances 0..bins of each side, in the
+            unit of :func:`retinanet.boxes.side_distances`.
+        bins: n.
+
+    Returns:
+        (B, A * 4, H, W) of the type of `level`; computed in float32 or wider.
+    """
+    batch, channels, rows, columns = level.shape
+    working = torch.float64 if level.dtype == torch.float64 else torch.float32
+    # In channels_last memory a view.
+    logits = level.permute(0, 2, 3, 1).reshape(
+        batch, rows, columns, channels // (4 * (bins + 1)), 4, bins + 1
+    )
+    values = torch.arange(bins + 1, dtype=working, device=level.device)
+    expected = (logits.to(working).softmax(dim=-1) * values).sum(dim=-1)
+    deltas = distances_to_deltas(expected).flatten(3).permute(0, 3, 1, 2)
+    return deltas.to(level.dtype)
+
+
+def start_at_anchors(head: Head, bins: int) -> None:
+    """Set the last bias so that each box is at first nearly its anchor, as with deltas of 0.
+
+    Bins of equal probability would begin with boxes of 4 times an anchor's side (n = 16), by whose
+    IoU the task-aligned assignment would choose. The probability of each bin is 2/3 of the one
+    before: its mean is 2 without an end, and 1.98 with 16 bins.
+    """
+    bias = -math.log(1.5) * torch.arange(bins + 1, dtype=head.last.weight.dtype)
+    with torch.no_grad():
+        cast(Tensor, head.last.bias).copy_(bias.repeat(head.last.out_channels // (bins + 1)))
 
 
 def last_convolution(head: nn.Module, outputs: int) -> str:

@@ -33,7 +33,14 @@ from retinanet.model.backbone import (
     load_backbone,
 )
 from retinanet.model.fpn import FeaturePyramid
-from retinanet.model.heads import build_head, last_convolution, prior_bias
+from retinanet.model.heads import (
+    Head,
+    build_head,
+    distributions_to_deltas,
+    last_convolution,
+    prior_bias,
+    start_at_anchors,
+)
 from retinanet.model.inputs import batch_images, batch_targets
 from retinanet.own import import_own
 from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
@@ -115,10 +122,12 @@ class RetinaNet(nn.Module):
         per_cell = self.anchors.per_cell
         self.pyramid = FeaturePyramid(widths, spec.channels, spec.p6_from, p7_relu=spec.p7_relu)
         self.class_head = build_head(spec, per_cell * num_classes)
-        self.box_head = build_head(spec, per_cell * 4)
+        self.box_head = build_head(spec, per_cell * 4 * (spec.box_bins + 1))
         self.class_layer = last_convolution(self.class_head, per_cell * num_classes)
         bias = self.class_head.get_parameter(f"{self.class_layer}.bias")
         nn.init.constant_(bias, prior_bias(spec.prior))
+        if spec.box_bins and isinstance(self.box_head, Head):
+            start_at_anchors(self.box_head, spec.box_bins)
         self.set_pixel_statistics()
 
     def set_pixel_statistics(self, device: torch.device | str = "cpu") -> None:
@@ -136,7 +145,8 @@ class RetinaNet(nn.Module):
             targets: always None: the losses are those of :meth:`loss`.
 
         Returns:
-            The outputs by level: (B, A * K, H_l, W_l) and (B, A * 4, H_l, W_l).
+            The outputs by level: (B, A * K, H_l, W_l) and (B, A * 4, H_l, W_l); with ``box_bins``
+            also the distributions.
 
         Raises:
             ValueError: the images have another shape, or targets are given.
@@ -157,10 +167,13 @@ class RetinaNet(nn.Module):
         pixels = (images.float() - self.pixel_mean.float()) / self.pixel_std.float()
         maps = self.backbone(pixels.to(next(self.pyramid.parameters()).dtype))
         levels = self.pyramid(maps if self.p2 else maps[1:])
-        return Outputs(
-            tuple(self.class_head(level) for level in levels),
-            tuple(self.box_head(level) for level in levels),
+        logits, boxes = (
+            tuple(head(level) for level in levels) for head in (self.class_head, self.box_head)
         )
+        if not self.spec.box_bins:
+            return Outputs(logits, boxes)
+        deltas = tuple(distributions_to_deltas(level, self.spec.box_bins) for level in boxes)
+        return Outputs(logits, deltas, boxes)
 
     def freeze(self, *parts: str) -> Self:
         """Exclude parts from training; batch norm in them keeps its statistics.
