@@ -66,9 +66,7 @@ def detection_losses(
     """Compute the classification and box loss of a batch.
 
     Both depend on every output, with or without objects, so that each parameter has a gradient.
-
-    Where the outputs have distributions of the boxes' sides, the distribution focal loss is added
-    to the box loss (Li et al. 2020, Sec. 3.3).
+    Distributions of the boxes' sides add theirs to the box loss (Li et al. 2020, Sec. 3.3).
 
     Source: Lin et al. 2017, Sec. 4.1: the sum over all anchors of an image, divided by the number
     of anchors assigned to an object. Mining: Sec. 5.1, "Online Hard Example Mining"; each image's
@@ -131,12 +129,9 @@ def detection_losses(
     class_loss = classification_loss(
         logits, labels, class_weights, settings, scores=scores, overwrite_logits=overwrite_logits
     )
-    box_losses = _box_losses(outputs, all_anchors, targets, assignment, settings)
-    box = (box_losses * weights).sum() * settings.box_weight
-    if outputs.distributions and settings.distribution_weight:
-        sums = _distribution_losses(outputs, anchors, targets, assignment)
-        box = box + (sums * weights).sum() * settings.distribution_weight
-    return Losses(class_loss, box, (matches >= 0).sum(dim=1), normalizer)
+    box = _box_losses(outputs, all_anchors, targets, assignment, settings) * settings.box_weight
+    box = box + _distribution_losses(outputs, anchors, targets, assignment, settings)
+    return Losses(class_loss, (box * weights).sum(), (matches >= 0).sum(dim=1), normalizer)
 
 
 def classification_loss(
@@ -279,15 +274,22 @@ def _box_losses(
 
 
 def _distribution_losses(
-    outputs: Outputs, anchors: Sequence[Tensor], targets: Targets, assignment: Assignment
+    outputs: Outputs,
+    anchors: Sequence[Tensor],
+    targets: Targets,
+    assignment: Assignment,
+    settings: LossConfig,
 ) -> Tensor:
-    """Sum the distribution focal losses of each image's foreground anchors, (B,).
+    """Sum the distribution focal losses of each image's foreground anchors, (B,), weighted.
 
-    Each is the mean over the four sides (Li et al. 2020, published code), weighted as the box loss.
+    Each is the mean over the four sides (Li et al. 2020, published code) and weighted by the
+    anchor's classification target, as the box loss.
     """
     matches, scores = assignment.matches, assignment.scores
     rows = [len(boxes) for boxes in anchors]
     total = matches.new_zeros(len(matches), dtype=torch.float32)
+    if not outputs.distributions or not settings.distribution_weight:
+        return total
     # Level by level: in channels_last memory no logit is copied but those selected.
     for level, deltas, boxes, objects, weights in zip(
         outputs.distributions,
@@ -311,7 +313,7 @@ def _distribution_losses(
             losses = distribution_focal_loss(logits, distances).mean(dim=-1)
             sums = (losses * weights).where(foreground, 0).sum(dim=1)
         total = total + sums
-    return total
+    return total * settings.distribution_weight
 
 
 def _boxes_or_anchors(anchors: Tensor, targets: Targets, matches: Tensor) -> Tensor:
