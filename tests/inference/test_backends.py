@@ -135,6 +135,21 @@ def test_openvino_network_outputs_equal_the_model(
     torch.testing.assert_close(network(images.float() + 0.2), expected)
 
 
+@needs_openvino
+@pytest.mark.filterwarnings("ignore:int8 outputs differ")
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_openvino_network_of_distributions_has_the_deltas_of_the_model(precision: str) -> None:
+    model = tiny_network(2, spread=True, box_bins=8, scales=(1.0,), aspect_ratios=(1.0,))
+    images = random_images(2, 3, 64, 96)
+    calibration = [images[:1]] if precision == "int8" else None
+    network = build_network(
+        model, CPU, precision=precision, backend="openvino", calibration=calibration
+    )
+    tolerance = 1e-4 if precision == "float32" else 0.3
+    for level, expected in zip(network(images).deltas, model(images).deltas, strict=True):
+        assert (level - expected).norm() <= tolerance * expected.norm()
+
+
 def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path) -> None:
     checkpoint = Checkpoint(model, tuple(map(str, range(20))), tuple(range(20)), 64, 64, {})
     detector = Detector(checkpoint, device="cpu", precision="float32")

@@ -71,16 +71,17 @@ def distributions_to_deltas(level: Tensor, bins: int) -> Tensor:
     Returns:
         (B, A * 4, H, W) of the type of `level`; computed in float32 or wider.
     """
-    batch, channels, rows, columns = level.shape
     working = torch.float64 if level.dtype == torch.float64 else torch.float32
-    # In channels_last memory a view.
-    logits = level.permute(0, 2, 3, 1).reshape(
-        batch, rows, columns, channels // (4 * (bins + 1)), 4, bins + 1
-    )
-    values = torch.arange(bins + 1, dtype=working, device=level.device)
-    expected = (logits.to(working).softmax(dim=-1) * values).sum(dim=-1)
-    deltas = distances_to_deltas(expected).flatten(3).permute(0, 3, 1, 2)
-    return deltas.to(level.dtype)
+    values = torch.arange(bins + 1, dtype=working, device=level.device).view(-1, 1, 1)
+    # Side by side: after a reshape to all sides OpenVINO knows no shapes, and int8 needs them.
+    sides = [
+        (logits.to(working).softmax(dim=1) * values).sum(dim=1, keepdim=True)
+        for logits in torch.split(level, bins + 1, dim=1)
+    ]
+    deltas: list[Tensor] = []
+    for first in range(0, len(sides), 4):
+        deltas += distances_to_deltas(torch.stack(sides[first : first + 4], dim=-1)).unbind(dim=-1)
+    return torch.cat(deltas, dim=1).to(level.dtype)
 
 
 def start_at_anchors(head: Head, bins: int) -> None:
