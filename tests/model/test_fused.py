@@ -21,6 +21,7 @@ from retinanet.model import fused as fused_module
 from retinanet.model.backbone import Backbone, OwnBackbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
 from retinanet.model.retinanet import RetinaNet
+from retinanet.training.processes import synchronize_batch_norm
 
 PACK = [
     False,
@@ -147,6 +148,15 @@ def test_frozen_norms_of_torchvision_and_timm_are_folded(pack: bool) -> None:
     assert not [name for name in left if "Norm" in name]
     for _ in range(3):
         assert_same(model, fused, random_images(1, 3, 64, 96), 2e-5)
+
+
+def test_synchronized_batch_norm_is_folded() -> None:
+    model = network(norm="sync")
+    synchronize_batch_norm(model, torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    fused = fused_copy(model, torch.float32)
+    assert not [module for module in fused.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert_same(model, fused, random_images(2, 3, 64, 96), 2e-5)
 
 
 def test_bfloat16_is_as_near_as_autocast() -> None:

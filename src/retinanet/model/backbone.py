@@ -7,7 +7,6 @@ strides 4, 8, 16 and 32.
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import re
 import sys
@@ -42,7 +41,7 @@ from retinanet.model.norms import (
     replace_batch_norm,
 )
 from retinanet.model.weight_files import read_tensors
-from retinanet.own import find_module
+from retinanet.own import build_module
 from retinanet.structures import is_eager
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -305,10 +304,12 @@ def build_backbone(
 
     Args:
         name: a name in ``BACKBONES``, ``timm/NAME``, or ``module:NAME`` of an imported module: a
-            class of ``torch.nn.Module`` without arguments (:class:`OwnBackbone`). Its norms,
-            padding and weights are its own: the other arguments do not apply.
+            class of ``torch.nn.Module`` without arguments, or a function that returns one
+            (:class:`OwnBackbone`). Its norms, padding and weights are its own: the other arguments
+            do not apply.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
-            usual; "group": group norm instead (Wu and He 2018).
+            usual; "sync": the same, but with statistics over all processes of a training on several
+            GPUs (Peng et al. 2018, MegDet, Sec. 3.2); "group": group norm (Wu and He 2018).
         frozen_stages: number (0..5) of the stem, C2, C3, C4, C5 that are not trained.
         norm_eps: of batch norm; only for torchvision's networks.
         stride_padding: of stride-2 convolutions: "symmetric" (torch), or "same": at the right and
@@ -320,18 +321,13 @@ def build_backbone(
         ConfigError: an argument is invalid, or the network lacks the feature maps.
         MissingExtraError: the backbone is timm's, which is not installed.
     """
-    check_choice("norm", norm, ("frozen", "trained", "group"))
+    check_choice("norm", norm, ("frozen", "trained", "sync", "group"))
     check_choice("stride_padding", stride_padding, ("symmetric", "same"))
     if not 0 <= frozen_stages <= 5:
         raise ConfigError(f"frozen_stages is 0 to 5 (the stem and C2 to C5), got {frozen_stages}")
     backbone: Backbone
     if is_own(name):
-        kind = find_module("backbone", name)
-        try:
-            inspect.signature(kind).bind()
-        except TypeError as error:
-            raise ConfigError(f"backbone {name!r} is built without arguments: {error}") from None
-        net = kind()
+        net = build_module("backbone", name)
         backbone = net if isinstance(net, Backbone) else OwnBackbone(net, name)
         if frozen_stages:
             backbone.stage_parameters()

@@ -57,7 +57,7 @@ _ONEDNN: dict[str, tuple[str, list[float]]] = {
 }
 
 _CONVOLUTIONS = (nn.Conv2d, BackboneConv2d)
-_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 # Image sizes for which packed weights of the backbone are kept: landscape and portrait. The heads'
 # are kept for the levels of one size: five packings of theirs are as large as the backbone's.
