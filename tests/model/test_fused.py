@@ -328,3 +328,13 @@ def test_detector_copied_after_detection_gives_same_detections(
     assert len(expected.scores) > 0
     for name in ("boxes", "scores", "labels"):
         np.testing.assert_allclose(getattr(result, name), getattr(expected, name), atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])
+def test_exported_activation_is_not_in_place(activation: str) -> None:
+    """OpenVINO's converter takes three times as long for an operation in place."""
+    module = FusedConv2d(nn.Conv2d(3, 4, 1), None, activation)
+    program = torch.export.export(module, (torch.zeros(1, 3, 8, 8),))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert len(names) == 2
+    assert not [name for name in names if name.endswith("_.default")]
