@@ -299,6 +299,16 @@ def test_a_timm_backbone() -> None:
     assert _forward_changes(build_backbone("timm/resnet10t", norm="frozen")) == set()
 
 
+def test_timm_backbone_that_collects_its_maps_by_hooks_can_be_copied() -> None:
+    pytest.importorskip("timm")
+    backbone = build_backbone("timm/xception41", norm="frozen").eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        maps, expected = deepcopy(backbone)(images), backbone(images)
+    for x, y in zip(maps, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize(
     ("name", "folded"),
     [
