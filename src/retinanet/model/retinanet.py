@@ -266,8 +266,8 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
-            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
-            timm/NAME; or a class of your own, or its import path ``module:NAME``:
+            them ``backbone`` (resnet10_half, 18, 34, 50, 101, 152, resnext101_32x8d,
+            mobilenet_v2, timm/NAME; or a class of your own, or its import path ``module:NAME``:
             :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (a class of your own, built for
             classes and boxes as ``Net(channels, outputs)``), ``backbone_weights`` ("default":
             ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
