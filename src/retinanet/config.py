@@ -81,6 +81,7 @@ _OTHER_NAMES = {
     "data.tile_overlap": ("overlap_height_ratio", "overlap_width_ratio"),
     "model.backbone": ("arch", "depth"),
     "model.backbone_weights": ("pretrained", "weights_backbone", "weights"),
+    "model.norm": ("norm_layer", "norm_cfg", "sync_bn", "syncbn"),
     "model.frozen_stages": ("freeze", "freeze_at", "trainable_layers"),
     "anchors.sizes": ("anchor_sizes", "anchor_size"),
     "anchors.aspect_ratios": ("ratios", "anchor_ratios"),
@@ -165,7 +166,7 @@ class ModelConfig(_Section):
 
     backbone: str = "resnet50"  # Sec. 4; a name in BACKBONES, "timm/NAME" or "module:NAME"
     backbone_weights: str = "default"  # ImageNet weights: "default", "none", a file, IMAGENET1K_V2
-    norm: Literal["frozen", "trained", "group"] = "frozen"  # backbone; Detectron: frozen
+    norm: Literal["frozen", "trained", "sync", "group"] = "frozen"  # backbone; Detectron: frozen
     frozen_stages: int = Field(2, ge=0, le=5)  # stem and C2 keep their weights (Detectron)
     p2: bool = False  # Sec. 4: levels P3 to P7
     p6_from: Literal["c5", "p5"] = "c5"  # Sec. 4

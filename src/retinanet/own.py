@@ -1,7 +1,8 @@
 """Parts of the user in place of the package's: classes and functions by their import path.
 
 Recipes and checkpoints name them as ``module:NAME``. A recipe imports the module; a checkpoint,
-which may be a stranger's, imports nothing and calls classes of torch and functions of tensors only.
+which may be a stranger's, imports nothing and calls classes of torch and functions of tensors only,
+and a function that builds a network only if the user has named it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from retinanet.structures import IGNORED, is_readable
 IMPORT_VARIABLE = "RETINANET_IMPORT"
 """Environment variable with modules, separated by commas, that a checkpoint may name unimported."""
 
+_named: set[str] = set()
+"""Import paths that the user has named in this process: functions among them may build networks."""
+
 
 def import_own(paths: Mapping[str, str]) -> None:
     """Import the modules of import paths, also from the current folder; pass over other names."""
@@ -38,15 +42,41 @@ def import_own(paths: Mapping[str, str]) -> None:
                 raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from None
             if _find(setting, path) is None:
                 raise ConfigError(_missing(setting, path, "class or function"))
+            _named.add(path)
 
 
-def find_module(setting: str, path: str) -> type[nn.Module]:
-    """Return the class of ``torch.nn.Module`` of an import path; imports nothing."""
+def build_module(setting: str, path: str, **arguments: Any) -> nn.Module:
+    """Build the network of an import path; imports nothing.
+
+    Args:
+        setting: for messages.
+        path: of a class of ``torch.nn.Module``, or of a function that returns one and that the user
+            has named: the text of a checkpoint must not run a function of any module.
+        arguments: given by position; the names are for messages.
+
+    Raises:
+        ConfigError: there is no such class or function, it takes other arguments, or it returns no
+            module.
+    """
     found = _find(setting, path)
-    # Nothing else is called: the text of a checkpoint must not run a function of any module.
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(_missing(setting, path, "class"))
-    return found
+    is_class = isinstance(found, type) and issubclass(found, nn.Module)
+    module, _, name = path.partition(":")
+    if not callable(found) or (isinstance(found, type) and not is_class):
+        raise ConfigError(_missing(setting, path, "class or function"))
+    if not is_class and path not in _named and not _is_listed(module):
+        raise ConfigError(
+            f"{setting} {path!r} is a function, which a checkpoint does not call by itself: set "
+            f"{IMPORT_VARIABLE}={module}, or make it a class of torch.nn.Module"
+        )
+    try:
+        inspect.signature(found).bind(*arguments.values())
+    except (TypeError, ValueError) as error:
+        call = f"{name}({', '.join(arguments)})"
+        raise ConfigError(f"{setting} {path!r} is built as {call}: {error}") from None
+    net = found(*arguments.values())
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"{setting} {path!r} returned {_describe(net)}: return a torch.nn.Module")
+    return net
 
 
 def find_function(setting: str, path: str) -> Callable[..., Any]:
@@ -68,7 +98,7 @@ def _instance(kind: Callable[[], nn.Module]) -> nn.Module:
 def _find(setting: str, path: str) -> Any:
     module, _, name = path.partition(":")
     if module not in sys.modules:
-        if module not in os.environ.get(IMPORT_VARIABLE, "").split(","):
+        if not _is_listed(module):
             raise ConfigError(
                 f"{setting} {path!r}: the module {module} is not imported; import it before, or "
                 f"set {IMPORT_VARIABLE}={module} (loading a checkpoint imports nothing by itself)"
@@ -78,6 +108,10 @@ def _find(setting: str, path: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def _is_listed(module: str) -> bool:
+    return module in os.environ.get(IMPORT_VARIABLE, "").split(",")
 
 
 def _missing(setting: str, path: str, what: str) -> str:

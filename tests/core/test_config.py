@@ -163,7 +163,7 @@ def test_settings_cannot_be_changed() -> None:
         ("loss.gamma=nan", "loss.gamma: Input should be"),
         ("train.momentum=1", "train.momentum: Input should be less than 1 (got 1)"),
         ("train.batch_size=2.5", "train.batch_size: Input should be a valid integer"),
-        ("model.norm=batch", "model.norm: Input should be 'frozen', 'trained' or 'group'"),
+        ("model.norm=batch", "model.norm: Input should be 'frozen', 'trained', 'sync' or 'group'"),
         ("model.pixel_mean=[1, 2]", "model.pixel_mean: Field required"),
         ("data.image_size=31", "data.image_size: Input should be greater than or equal to 32"),
         (

@@ -20,10 +20,9 @@ from retinanet.model import build_retinanet
 from retinanet.model.backbone import (
     BACKBONES,
     Backbone,
-    FrozenBatchNorm2d,
     build_backbone,
-    group_norm,
 )
+from retinanet.model.norms import BackboneConv2d, FrozenBatchNorm2d, adapt_timm, group_norm
 
 # C2 to C5 of the published networks.
 CHANNELS = {
@@ -299,6 +298,60 @@ def test_a_timm_backbone() -> None:
     assert {name.split(".")[1] for name in changed} == {"layer2", "layer3", "layer4"}
     assert [len(part) > 0 for part in backbone.stage_parameters()] == [True] * 5
     assert _forward_changes(build_backbone("timm/resnet10t", norm="frozen")) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [
+        ("resnet10t", 1.0),
+        ("tf_efficientnet_lite0", 1.0),
+        ("mobilenetv3_small_050", 1.0),
+        ("mobilenetv4_conv_small", 1.0),
+        ("resnetv2_50", 0.5),  # norms before the convolutions, some of several convolutions
+    ],
+)
+def test_timm_backbone_with_frozen_norm_equals_timm(name: str, folded: float) -> None:
+    """Maps and gradients of sizes whose strided maps have odd sides; names of weights stay."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = build_backbone(f"timm/{name}", norm="frozen")
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        norm.weight.data.uniform_(0.3, 0.6)
+        norm.bias.data.normal_(0, 0.2)
+    assert sum(norm.folded for norm in norms) >= folded * len(norms)
+    assert not [m for m in backbone.modules() if type(m).__name__ == "Conv2dSame"]
+    plain = timm.create_model(name, features_only=True)
+    assert list(plain.state_dict()) == list(backbone.net.state_dict())  # type: ignore[union-attr]
+    plain.load_state_dict(backbone.net.state_dict())  # type: ignore[union-attr]
+    backbone, plain = deepcopy(backbone).double().train(), plain.double().eval()
+    for height, width in ((32, 96), (160, 64)):
+        images = torch.randn(1, 3, height, width, dtype=torch.float64)
+        maps, expected = backbone(images)[1:], plain(images)[-3:]
+        for x, y in zip(maps, expected, strict=True):
+            torch.testing.assert_close(x, y)
+        torch.stack([x.square().mean() for x in maps]).sum().backward()
+        torch.stack([y.square().mean() for y in expected]).sum().backward()
+    gradients = dict(plain.named_parameters())
+    for key, parameter in backbone.net.named_parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad and gradients[key].grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[key].grad)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_same_padding_is_constant_only_where_sides_are_multiples_of_strides(
+    constant: bool,
+) -> None:
+    layers = pytest.importorskip("timm.layers")
+    net = nn.Sequential(layers.Conv2dSame(3, 4, 5, 2), layers.Conv2dSame(4, 4, 4, 4, dilation=2))
+    adapted = deepcopy(net)
+    adapt_timm(adapted, padded=layers.Conv2dSame, constant=constant, frozen=True)
+    assert [type(module) is BackboneConv2d for module in adapted] == [constant] * 2
+    for height, width in ((32, 64), (96, 160), (48, 24)):
+        images = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(adapted(images), net(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto"])

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import retinanet as rn
 from retinanet.model import Checkpoint
 from retinanet.model import fused as fused_module
-from retinanet.model.backbone import Backbone
+from retinanet.model.backbone import Backbone, OwnBackbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
 from retinanet.model.retinanet import RetinaNet
+from retinanet.training.processes import synchronize_batch_norm
 
 PACK = [
     False,
@@ -74,7 +76,10 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
         {"head_norm": "group"},
         {"head_depth": 0},
         {"backbone": "timm/resnet18"},
-        {"backbone": "timm/efficientnet_b0"},
+        {"backbone": "timm/efficientnet_b0", "norm": "trained"},
+        {"backbone": "timm/mobilenetv3_small_050"},
+        {"backbone": "timm/tf_efficientnet_lite0"},
+        {"backbone": "timm/convnext_atto"},
     ],
     ids=lambda one: "-".join(map(str, one.values())) or "resnet18",
 )
@@ -98,10 +103,60 @@ def test_no_batch_norm_and_no_separate_relu_is_left(backbone: str, pack: bool) -
     assert len(sums) == expected
 
 
-def test_batch_norm_of_a_timm_backbone_is_folded() -> None:
+@pytest.mark.parametrize("norm", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "efficientnet_b0", "tf_efficientnet_lite0"]
+)
+def test_timm_backbone_batch_norm_and_activations_are_folded(name: str, norm: str) -> None:
     pytest.importorskip("timm")
-    fused = fused_copy(network(backbone="timm/resnet18"), torch.float32)
-    assert not [module for module in fused.modules() if isinstance(module, nn.BatchNorm2d)]
+    fused = fused_copy(network(backbone=f"timm/{name}", norm=norm), torch.float32)
+    left = (nn.BatchNorm2d, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Conv2d, nn.Identity)
+    assert not [module for module in fused.modules() if isinstance(module, left)]
+
+
+class Foreign(nn.Module):
+    """A network of a user with frozen batch norm of torchvision and of timm."""
+
+    channels, strides = (8, 8, 8), (8, 16, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        from timm.layers import FrozenBatchNormAct2d
+
+        self.one, self.norm = nn.Conv2d(3, 8, 3, 8, padding=1), FrozenBatchNorm2d(8)
+        self.two, self.act = nn.Conv2d(8, 8, 1), FrozenBatchNormAct2d(8, act_layer=nn.SiLU)
+        for norm in (self.norm, self.act):
+            norm.running_mean.normal_(0, 0.2)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 1.5)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.act(self.two(self.norm(self.one(images))))
+        return x, nn.functional.avg_pool2d(x, 2), nn.functional.avg_pool2d(x, 4)
+
+
+@pytest.mark.parametrize("pack", PACK)
+def test_frozen_norms_of_torchvision_and_timm_are_folded(pack: bool) -> None:
+    pytest.importorskip("timm")
+    model = network()
+    model.backbone = OwnBackbone(Foreign(), "foreign").eval()
+    for i, conv in enumerate(model.pyramid.lateral):
+        model.pyramid.lateral[i] = nn.Conv2d(8, conv.out_channels, 1)  # type: ignore[arg-type]
+    model.pyramid.p6 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+    fused = fused_copy(model, torch.float32, pack=pack)
+    left = {type(module).__name__ for module in fused.backbone.modules()}
+    assert not [name for name in left if "Norm" in name]
+    for _ in range(3):
+        assert_same(model, fused, random_images(1, 3, 64, 96), 2e-5)
+
+
+def test_synchronized_batch_norm_is_folded() -> None:
+    model = network(norm="sync")
+    synchronize_batch_norm(model, torch.device("cuda"))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    fused = fused_copy(model, torch.float32)
+    assert not [module for module in fused.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert_same(model, fused, random_images(2, 3, 64, 96), 2e-5)
 
 
 def test_bfloat16_is_as_near_as_autocast() -> None:

@@ -60,8 +60,20 @@ class Outer:
         """Found by its qualified name."""
 
 
-def not_a_class() -> nn.Module:
+def unnamed() -> nn.Module:
     raise AssertionError("must not be called")
+
+
+def build_net() -> Net:
+    return Net()
+
+
+def build_head(channels: int, outputs: int) -> nn.Module:
+    return OwnHead(channels, outputs)
+
+
+def build_nothing() -> int:
+    return 3
 
 
 def test_own_backbone_is_the_networks_and_its_checkpoints(tmp_path: Path) -> None:
@@ -92,6 +104,20 @@ def test_class_in_a_class_is_found() -> None:
     assert isinstance(model.backbone.net, Outer.Inner)
 
 
+def test_functions_build_backbone_and_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rn.build_retinanet(1, backbone=build_net, head=build_head, **SMALL)
+    assert isinstance(model.backbone.net, Net)
+    assert isinstance(model.class_head, OwnHead)
+    folder = rn.save_checkpoint(tmp_path / "m", rn.Checkpoint(model, ("a",), (1,), 64, 96))
+    assert isinstance(rn.load_checkpoint(folder).model.box_head, OwnHead)
+    # In another process the user has named nothing yet.
+    monkeypatch.setattr("retinanet.own._named", set())
+    with pytest.raises(rn.WeightsError, match=f"set {IMPORT_VARIABLE}={__name__}, or make it a"):
+        rn.load_checkpoint(folder)
+    monkeypatch.setenv(IMPORT_VARIABLE, __name__)
+    rn.load_checkpoint(folder)
+
+
 def test_checkpoint_of_a_module_that_is_not_imported_names_it(tmp_path: Path) -> None:
     model = rn.build_retinanet(1, backbone=Net, **SMALL)
     folder = rn.save_checkpoint(tmp_path / "m", rn.Checkpoint(model, ("a",), (1,), 64, 96))
@@ -99,9 +125,10 @@ def test_checkpoint_of_a_module_that_is_not_imported_names_it(tmp_path: Path) ->
     text = json.loads(file.read_text())
     for backbone, message in (
         ("some.nets:Net", "module some.nets is not imported; import it before"),
-        (f"{__name__}:Missing", "has no class Missing of torch.nn.Module"),
-        (f"{__name__}:not_a_class", "has no class not_a_class of torch.nn.Module"),
-        ("os:abort", "os has no class abort of torch.nn.Module"),
+        (f"{__name__}:Missing", "has no class or function Missing of torch.nn.Module"),
+        (f"{__name__}:Path", "has no class or function Path of torch.nn.Module"),
+        (f"{__name__}:unnamed", "which a checkpoint does not call by itself: set RETINANET_IMP"),
+        ("os:abort", "os:abort' is a function, which a checkpoint does not call by itself"),
     ):
         text["network"]["backbone"] = backbone
         file.write_text(json.dumps(text))
@@ -173,8 +200,10 @@ def test_faulty_backbones_are_named() -> None:
         ValueError, match=r"returned a map \(1, \d+, 16, 16\) for 99 channels and s"
     ):
         wide.detect(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(rn.ConfigError, match=r"Sized' is built without arguments: .* 'width'"):
+    with pytest.raises(rn.ConfigError, match=r"Sized' is built as Sized\(\): .* 'width'"):
         rn.build_retinanet(1, backbone=Sized, **SMALL)
+    with pytest.raises(rn.ConfigError, match=r"build_nothing' returned int: return a torch.nn.Mod"):
+        rn.build_retinanet(1, backbone=build_nothing, **SMALL)
     with pytest.raises(TypeError, match="'int' has no len"):
         rn.build_retinanet(1, backbone=Faulty, **SMALL)
 
@@ -366,7 +395,7 @@ def test_own_losses_that_cannot_be_used_are_named(settings: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        (Net, r"is built as Net\(channels, outputs\): .*takes 1 positional"),
+        (Net, r"is built as Net\(channels, outputs\): too many positional"),
         (Unbiased, "Unbiased needs a last convolution of 18 channels with a bias"),
     ],
 )

@@ -160,7 +160,7 @@ def test_images_of_another_shape_are_refused(
     ("settings", "message"),
     [
         ({"backbone": "resnet51"}, "no backbone 'resnet51'.*did you mean resnet"),
-        ({"norm": "layer"}, "norm: Input should be 'frozen', 'trained' or 'group'"),
+        ({"norm": "layer"}, "norm: Input should be 'frozen', 'trained', 'sync' or 'group'"),
         ({"norm": "frozen"}, "set norm to group"),
         ({"backbone_weights": "default"}, "set backbone_weights to none"),
         ({"p6_from": "c6"}, "p6_from: .*got 'c6'"),
@@ -168,6 +168,7 @@ def test_images_of_another_shape_are_refused(
         ({"prior": 1.0}, "prior: Input should be less than 1"),
         ({"chanels": 8}, "unknown setting 'chanels'; did you mean model.channels"),
         ({"num_classes": 0}, "num_classes is a whole number of at least 1, got 0"),
+        ({"num_classes": True}, "num_classes is a whole number of at least 1, got True"),
         ({"channels": 0}, "channels: Input should be greater than or equal to 1"),
         ({"head_depth": -1}, "head_depth: Input should be greater than or equal to 0"),
         ({"sizes": (32.0, 64.0)}, "one size per level"),

@@ -100,6 +100,31 @@ def test_plan_keeps_what_is_stated() -> None:
     assert not {"train.batch_size", "data.image_size"} & changes.keys()
 
 
+def test_plan_with_few_images_seen_leaves_p2_out_and_then_reduces_the_images() -> None:
+    # 2 s a step of 8 images with P2: 3856 images in 482 steps. Without it a step takes 1 s, and at
+    # 320 and 256 px (320 / 384)^2 and (256 / 384)^2 of it.
+    recipe = load_recipe("quick", ["train.time=1000"]).choose({"model.p2": True})
+
+    def planned(images: int, **options: Any) -> tuple[dict[str, Any], int]:
+        given = {"num_images": 20000, "max_side": 640, "min_side": 256} | options
+        changes, plan = plan_training(recipe, Pace(2.0, 0.0), 0.0, enough_images=images, **given)
+        return {
+            k: v for k, v in changes.items() if k in ("model.p2", "data.image_size")
+        }, plan.steps
+
+    assert planned(3856) == ({}, 482)
+    assert planned(7000) == ({"model.p2": False}, 964)
+    assert planned(11000) == ({"model.p2": False, "data.image_size": 320}, 1388)
+    smallest = {"model.p2": False, "data.image_size": 256}
+    assert planned(15000) == (smallest, 2168)
+    assert planned(10**6) == (smallest, 2168)  # for smaller images objects would be too small
+    assert planned(10**6, min_side=416) == ({}, 482)
+    stated = ("model.p2=true", "data.image_size=384", "data.max_size=640")
+    changes, kept = plan(1000, Pace(2.0, 0.0), *stated, enough_images=10**6, min_side=256)
+    assert kept.steps == 482
+    assert not {"model.p2", "data.image_size"} & changes.keys()
+
+
 def test_plan_with_many_epochs_takes_larger_images() -> None:
     # 20 images, .1 s a step: 9640 steps of 8 are 3856 epochs. 480, 608 px; 640 are the limit.
     changes, planned = plan(1000, Pace(0.1, 0.0), num_images=20)

@@ -28,7 +28,7 @@ from retinanet.inference.backends import (
     network_settings,
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
-from retinanet.inference.exported import ExportedNetwork
+from retinanet.inference.exported import ExportedFile, ExportedNetwork
 from retinanet.inference.parallel import network_workers
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
@@ -223,6 +223,10 @@ def read_eval_dataset(
         data = from_torch(data, split=split or "val")
     if isinstance(data, Dataset):
         return select_as_trained(data, info or {})
+    if not callable(data) and not isinstance(data, str | Path):
+        raise ConfigError(
+            f"data is a {type(data).__name__}: give a path, a data set, or data sets by split"
+        )
     path = data if callable(data) else Path(data)
     if split is None:
         is_file = isinstance(path, Path) and path.is_file()
@@ -252,10 +256,10 @@ def write_results(folder: str | Path, metrics: Metrics, results: Results) -> Non
 
 def open_detector(model: Any, options: Mapping[str, Any]) -> Detector:
     """Build a detector of a name or a checkpoint; a :class:`Detector` is returned as it is."""
-    if isinstance(model, str | Path):
-        model = open_model(model)
     if isinstance(model, Detector):
         return model
+    if not isinstance(model, Checkpoint | ExportedFile):
+        model = open_model(model)
     own: Any = {k: v for k, v in options.items() if k not in RunOptions.__annotations__}
     return Detector(model, **own)
 

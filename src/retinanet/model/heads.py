@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from retinanet.config import ModelSpec, is_own
 from retinanet.errors import ConfigError
-from retinanet.model.backbone import group_norm
-from retinanet.own import find_module
+from retinanet.model.norms import group_norm
+from retinanet.own import build_module
 
 
 class Head(nn.Module):
@@ -49,16 +49,10 @@ class Head(nn.Module):
 
 
 def build_head(spec: ModelSpec, outputs: int) -> nn.Module:
-    """Build a head: the paper's, or the user's class by ``Net(channels, outputs)``."""
-    if not is_own(spec.head):
-        return Head(spec.channels, spec.head_depth, outputs, spec.head_norm)
-    kind = find_module("head", spec.head)
-    try:
-        return kind(spec.channels, outputs)
-    except TypeError as error:
-        raise ConfigError(
-            f"head {spec.head!r} is built as {kind.__name__}(channels, outputs): {error}"
-        ) from None
+    """Build a head: the paper's, or the user's by ``Net(channels, outputs)``."""
+    if is_own(spec.head):
+        return build_module("head", spec.head, channels=spec.channels, outputs=outputs)
+    return Head(spec.channels, spec.head_depth, outputs, spec.head_norm)
 
 
 def last_convolution(head: nn.Module, outputs: int) -> str:

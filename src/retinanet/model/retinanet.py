@@ -74,6 +74,7 @@ class RetinaNet(nn.Module):
     def __init__(self, num_classes: int, spec: ModelSpec | None = None, **settings: Any) -> None:
         super().__init__()
         spec = build_model_spec(spec, **settings)
+        import_own({name: getattr(spec, name) for name in ("backbone", "head") if name in settings})
         _check_num_classes(num_classes)
         if spec.pixel_std is not None and min(spec.pixel_std) <= 0:
             raise ConfigError(f"pixel_std must be above 0, got {spec.pixel_std}")
@@ -266,10 +267,10 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
-            them ``backbone`` (resnet10_half, 18, 34, 50, 101, 152, resnext101_32x8d,
-            mobilenet_v2, timm/NAME; or a class of your own, or its import path ``module:NAME``:
-            :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (a class of your own, built for
-            classes and boxes as ``Net(channels, outputs)``), ``backbone_weights`` ("default":
+            them ``backbone`` (resnet10_half, 18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
+            timm/NAME; or a class or function of your own, or its import path ``module:NAME``:
+            :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (of your own likewise, built
+            for classes and boxes as ``Net(channels, outputs)``), ``backbone_weights`` ("default":
             ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
             "trained" batch norm, or "group" norm for training from scratch), ``p2`` (a level at
             stride 4 for small objects; not in the paper), and ``sizes`` (square root of the
@@ -300,7 +301,8 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         # Without statistics nothing is normalized: activations grow from block to block.
         raise ConfigError(
             'norm "frozen" keeps the statistics of pretrained weights, but backbone_weights is '
-            '"none": set norm to group (model.norm=group), or to trained with large batches'
+            '"none": set norm to group (model.norm=group), or to trained or sync with large '
+            "batches"
         )
     weights = find_weights(spec.backbone, start)
     if weights is None:
@@ -322,7 +324,8 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
 
 
 def _check_num_classes(num_classes: Any) -> None:
-    if not isinstance(num_classes, SupportsIndex) or num_classes.__index__() < 1:
+    is_number = isinstance(num_classes, SupportsIndex) and not isinstance(num_classes, bool)
+    if not is_number or num_classes.__index__() < 1:
         raise ConfigError(f"num_classes is a whole number of at least 1, got {num_classes!r}")
 
 

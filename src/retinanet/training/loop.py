@@ -29,7 +29,11 @@ from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
-from retinanet.training.processes import deterministic, stop_after_step
+from retinanet.training.processes import (
+    deterministic,
+    stop_after_step,
+    synchronize_batch_norm,
+)
 from retinanet.training.run_folder import Progress, RunFolder, load_state, save_state
 from retinanet.training.step import (
     Meter,
@@ -94,6 +98,8 @@ class Trainer:
         if resume:
             self._restore()
         distributed = self._accelerator.num_processes > 1
+        if distributed and task.settings.recipe.model.norm == "sync":
+            synchronize_batch_norm(self.model, self._device)
         self.network = self._accelerator.prepare_model(self.model) if distributed else self.model
         self.pending: deque[PendingStep] = deque()
         self._ahead = steps_ahead(self._device)
