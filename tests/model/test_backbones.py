@@ -26,6 +26,7 @@ from retinanet.model.norms import BackboneConv2d, FrozenBatchNorm2d, adapt_timm,
 
 # C2 to C5 of the published networks.
 CHANNELS = {
+    "resnet10_half": (32, 64, 128, 256),
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
     "resnet50": (256, 512, 1024, 2048),
@@ -36,7 +37,7 @@ CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet10_half", "resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
     with torch.no_grad():
@@ -46,7 +47,7 @@ def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
     assert [tuple(one.shape) for one in maps] == expected
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"tiny"}))  # the tests' own
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() & set(torchvision.models.list_models())))
 def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
@@ -299,6 +300,16 @@ def test_a_timm_backbone() -> None:
     assert _forward_changes(build_backbone("timm/resnet10t", norm="frozen")) == set()
 
 
+def test_timm_backbone_that_collects_its_maps_by_hooks_can_be_copied() -> None:
+    pytest.importorskip("timm")
+    backbone = build_backbone("timm/xception41", norm="frozen").eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        maps, expected = deepcopy(backbone)(images), backbone(images)
+    for x, y in zip(maps, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize(
     ("name", "folded"),
     [
@@ -445,6 +456,11 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
 def test_entry_that_torchvision_lacks_is_named(backbone: str) -> None:
     with pytest.raises(ConfigError, match=f"weights of {backbone} 'IMAGENET1K_V2' is not one of"):
         _build("IMAGENET1K_V2", backbone=backbone)
+
+
+def test_default_weights_of_a_backbone_without_any_is_an_error() -> None:
+    with pytest.raises(WeightsError, match=r"no ImageNet weights of resnet10_half; give a file"):
+        _build("default", backbone="resnet10_half")
 
 
 def test_stride_in_the_first_convolution_needs_bottlenecks() -> None:

@@ -160,9 +160,13 @@ def test_what_a_training_needs_follows_from_the_median_class_and_the_median_obje
     counts = (20, 40, 200)
     objects = [(box(40), label) for label, count in enumerate(counts) for _ in range(count)]
     images = [objects[i::100] for i in range(100)]
-    need = needs(labels(images, classes=3))
+    need = needs(labels(images, classes=3), 100)
     assert need.images == 1200
-    assert needs(labels([image * 100 for image in images], classes=3)).images == 50
+    assert needs(labels([image * 100 for image in images], classes=3), 100).images == 50
+    # Of images without objects more are needed; an epoch may have fewer of them than there are.
+    sparse = labels([*(image * 100 for image in images), *[[]] * 900], classes=3)
+    assert needs(sparse, 1000).images == 500
+    assert needs(sparse, 200).images == 100
     # 40 px of 480 are 21.6 px (2.7 cells of P3) from 259 px on, and 1.5 x 480 is 720 px.
     assert need.min_side == 288
     assert need.max_side == 704

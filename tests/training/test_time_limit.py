@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from retinanet.cli.train import TrainingOptions
 from retinanet.config import load_recipe, parse_seconds
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError
 from retinanet.training import loop, trainer
@@ -119,6 +121,7 @@ def test_plan_with_few_images_seen_leaves_p2_out_and_then_reduces_the_images() -
     assert planned(15000) == (smallest, 2168)
     assert planned(10**6) == (smallest, 2168)  # for smaller images objects would be too small
     assert planned(10**6, min_side=416) == ({}, 482)
+    assert planned(10**6, min_side=0)[0] == {"model.p2": False, "data.image_size": 64}
     stated = ("model.p2=true", "data.image_size=384", "data.max_size=640")
     changes, kept = plan(1000, Pace(2.0, 0.0), *stated, enough_images=10**6, min_side=256)
     assert kept.steps == 482
@@ -231,6 +234,31 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert load_recipe(tmp_path / "run" / "config.toml") == stored
     with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def test_plan_with_smaller_images_does_not_add_p2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A sixth of the objects are 25 of 480 px: 23 px at 448, enough without P2, but not at 224.
+    file = tmp_path / "image.png"
+    Image.new("RGB", (640, 480)).save(file)
+    images = tuple(
+        LabelledImage(file, i, (Annotation((9.0, 9.0, 9.0 + side, 9.0 + side), 0),), 640, 480)
+        for i, side in enumerate((25.0, 80.0, 80.0, 80.0, 80.0, 80.0) * 2)
+    )
+    splits = {"train": Dataset(images, ("square",), (1,), "train", "synthetic", file)}
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 0.0))
+    recipe = load_recipe("quick", ["train.time=1000s"])
+
+    def stop(event: Event) -> None:
+        if event.kind == "choices":
+            raise Stop(event)
+
+    with pytest.raises(Stop) as caught:
+        train(recipe, splits, tmp_path / "run", device="cpu", on_event=stop)
+    chosen = {c["setting"]: c["value"] for c in caught.value.args[0].data["choices"]}
+    assert chosen["data.image_size"] < 448
+    assert "model.p2" not in chosen
 
 
 def test_limit_that_cannot_suffice_is_rejected_after_a_step(

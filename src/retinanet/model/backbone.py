@@ -99,28 +99,29 @@ class Backbone(nn.Module):
 class ResNet(Backbone):
     """ResNet or ResNeXt without its classifier (He et al. 2016, Table 1)."""
 
-    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
-        "resnet18": (BasicBlock, (2, 2, 2, 2)),
-        "resnet34": (BasicBlock, (3, 4, 6, 3)),
-        "resnet50": (Bottleneck, (3, 4, 6, 3)),
-        "resnet101": (Bottleneck, (3, 4, 23, 3)),
-        "resnet152": (Bottleneck, (3, 8, 36, 3)),
-        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3)),
+    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int], int]] = {
+        "resnet10_half": (BasicBlock, (1, 1, 1, 1), 32),  # not torchvision's: no ImageNet weights
+        "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+        "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+        "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+        "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
+        "resnet152": (Bottleneck, (3, 8, 36, 3), 64),
+        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3), 64),
     }
-    """Type of the blocks, and their number in the stages of C2 to C5."""
+    """Type of the blocks, their number in the stages of C2 to C5, and channels of the stem."""
 
     def __init__(self, name: str, norm_layer: NormLayer) -> None:
         super().__init__()
-        block, depths = self.blocks[name]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = norm_layer(64)
+        block, depths, width = self.blocks[name]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        widths = (64, 128, 256, 512)
+        widths = tuple(width * factor for factor in (1, 2, 4, 8))
         two, three, four, five = (block.expansion * width for width in widths)
         self.channels = (two, three, four, five)
         stage = partial(residual_stage, block, norm_layer=norm_layer)
-        self.layer1 = stage(depths[0], 64, widths[0], 1)
+        self.layer1 = stage(depths[0], width, widths[0], 1)
         self.layer2 = stage(depths[1], two, widths[1], 2)
         self.layer3 = stage(depths[2], three, widths[2], 2)
         self.layer4 = stage(depths[3], four, widths[3], 2)
@@ -420,7 +421,10 @@ def _find_entry(name: str, entry: str) -> Any:
     """Return a torchvision weights entry of a backbone by name."""
     import torchvision  # slow: it imports torch's compiler
 
-    entries = list(torchvision.models.get_model_weights(name)) if name in BACKBONES else []
+    is_known = name in torchvision.models.list_models()
+    entries = list(torchvision.models.get_model_weights(name)) if is_known else []
+    if name in BACKBONES and not entries:
+        raise WeightsError(f"there are no ImageNet weights of {name}; {CHOICES}")
     known = {known for item in entries for known in (item.name, str(item))}
     check_choice(f"weights of {name}", entry, sorted(known) or ["default", "none", "a file"])
     return next(item for item in entries if entry in (item.name, str(item)))

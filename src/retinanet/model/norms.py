@@ -196,6 +196,9 @@ class _Tracer(fx.Tracer):
 
 def trace(net: nn.Module) -> fx.GraphModule | None:
     """Return a network as a graph of its layers, which are not copied; None if that fails."""
+    # A graph does not call the hooks of its layers, with which some of timm's collect their maps.
+    if any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
+        return None
     try:
         graph = _Tracer().trace(net)
     except Exception:  # timm's networks may do anything that a proxy cannot follow

@@ -211,12 +211,13 @@ class Need(NamedTuple):
     max_side: int
 
 
-def needs(train: Dataset, *, on_gpu: bool = False) -> Need:
-    """Compute what a training on these images or tiles needs."""
+def needs(train: Dataset, num_images: int, *, on_gpu: bool = False) -> Need:
+    """Compute what a training on these images or tiles needs, `num_images` of them per epoch."""
     data = _Labels.of(train, train)
     counts = Counter(a.label for i in data.sample.images for a in i.annotations if not a.ignored)
     per_image = float(np.median(list(counts.values()))) / len(data.sample)
-    images = min(ENOUGH_OBJECTS / per_image, ENOUGH_EPOCHS * len(train))
+    per_epoch = per_image * sum(image.has_object for image in train.images)
+    images = min(ENOUGH_OBJECTS / per_epoch, ENOUGH_EPOCHS) * num_images
     max_side = _max_side(data, on_gpu)
     middle = data.network_side(max_side, round(_ASPECT * max_side), 50) / max_side
     min_side = math.ceil(8 * MIN_CELLS / middle / 32) * 32

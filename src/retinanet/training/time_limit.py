@@ -153,7 +153,7 @@ def plan_training(
         smaller = next_side(side, 1 / _SIDE_STEP)
         if p2 and not fixed_p2 and side >= min_side:
             p2, pace = False, Pace(pace.step / P2_COST, pace.validation / P2_COST)
-        elif not p2 and not fixed_side and smaller >= min_side:
+        elif not p2 and not fixed_side and min_side <= smaller < side:
             side, pace = smaller, pace.at(smaller / side)
         else:
             break

@@ -238,6 +238,8 @@ def _resolve(
             lengths = _plan_for_time(timed, pace, elapsed)
             side, p2 = (lengths.pop(name, None) for name in ("data.image_size", "model.p2"))
             if side is not None or p2 is not None:
+                if not timed.recipe.model.p2:
+                    p2 = False  # smaller images may need it, but the plan has no time for it
                 choices = choose(image_size=side or timed.recipe.data.image_size, p2=p2)
         if choices:
             settings.emit("choices", choices=[asdict(choice) for choice in choices])
@@ -269,12 +271,13 @@ def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
 def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
     """Return the settings with which the training fits into its time limit."""
     recipe, train_set = settings.recipe, settings.train_set
-    need = needs(train_set, on_gpu=settings.accelerator.device.type != "cpu")
+    num_images = epoch_size(train_set, recipe.data)
+    need = needs(train_set, num_images, on_gpu=settings.accelerator.device.type != "cpu")
     changes, plan = plan_training(
         recipe,
         pace,
         elapsed + seconds_to_tune(recipe, pace.validation),
-        num_images=epoch_size(train_set, recipe.data),
+        num_images=num_images,
         max_side=need.max_side,
         enough_images=need.images,
         min_side=need.min_side,
