@@ -286,6 +286,13 @@ def test_without_internet_the_choices_are_named(weights: str, file: str) -> None
     assert "\n" not in message
 
 
+def test_weights_of_a_network_that_is_no_backbone_are_not_fetched() -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights of vgg16 'IMAGENET1K_V1' is not one of default"
+    ):
+        _build("IMAGENET1K_V1", backbone="vgg16")
+
+
 def test_a_timm_backbone() -> None:
     pytest.importorskip("timm")
     backbone = build_backbone("timm/resnet10t", norm="trained", frozen_stages=2)

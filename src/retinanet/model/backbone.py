@@ -421,7 +421,7 @@ def _find_entry(name: str, entry: str) -> Any:
     """Return a torchvision weights entry of a backbone by name."""
     import torchvision  # slow: it imports torch's compiler
 
-    is_known = name in torchvision.models.list_models()
+    is_known = name in BACKBONES and name in torchvision.models.list_models()
     entries = list(torchvision.models.get_model_weights(name)) if is_known else []
     if name in BACKBONES and not entries:
         raise WeightsError(f"there are no ImageNet weights of {name}; {CHOICES}")
