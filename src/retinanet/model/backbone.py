@@ -308,6 +308,9 @@ def build_backbone(
             class of ``torch.nn.Module`` without arguments, or a function that returns one
             (:class:`OwnBackbone`). Its norms, padding and weights are its own: the other arguments
             do not apply.
+            Networks of timm that pad as TensorFlow does (``timm/tf_...``) are for images whose
+            sides are multiples of 32, as in RetinaNet: with others their maps are shifted against
+            timm's.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
             usual; "sync": the same, but with statistics over all processes of a training on several
             GPUs (Peng et al. 2018, MegDet, Sec. 3.2); "group": group norm (Wu and He 2018).

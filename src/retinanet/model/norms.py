@@ -93,6 +93,7 @@ class BackboneConv2d(nn.Conv2d):
                 conv.dilation,  # type: ignore[arg-type]
                 conv.groups,
                 conv.bias is not None,
+                conv.padding_mode,
             )
         self.weight, self.bias = conv.weight, conv.bias
         self.margins: tuple[int, ...] = ()
