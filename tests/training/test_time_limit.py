@@ -88,7 +88,7 @@ def test_plan_with_few_steps_halves_the_batch_and_then_the_images() -> None:
     assert "data.image_size" not in changes
     # 8 s: 241 steps of 4 images. 384 / 1.25 is nearest to 320 px: (384 / 320)^2 = 1.44 times 241.
     # 320 / 1.25 is 256 px: 2.25 times 241 is 542.
-    changes, planned = plan(1000, Pace(8.0, 0.0))
+    changes, planned = plan(1000, Pace(40.0, 0.0))
     assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
     assert planned.steps == 542
 
@@ -236,29 +236,53 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
 
 
+def squares(folder: Path, *sides: float) -> dict[str, Dataset]:
+    """A training split of one image of 640 x 480 px per square."""
+    file = folder / "image.png"
+    Image.new("RGB", (640, 480)).save(file)
+    images = tuple(
+        LabelledImage(file, i, (Annotation((9.0, 9.0, 9.0 + side, 9.0 + side), 0),), 640, 480)
+        for i, side in enumerate(sides)
+    )
+    return {"train": Dataset(images, ("square",), (1,), "train", "synthetic", file)}
+
+
+def events_until_choices(splits: dict[str, Dataset], folder: Path) -> list[Event]:
+    events = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if event.kind == "choices":
+            raise Stop(event)
+
+    recipe = load_recipe("quick", ["train.time=1000s"])
+    with pytest.raises(Stop):
+        train(recipe, splits, folder / "run", device="cpu", on_event=stop)
+    return events
+
+
 def test_plan_with_smaller_images_does_not_add_p2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A sixth of the objects are 25 of 480 px: 23 px at 448, enough without P2, but not at 224.
-    file = tmp_path / "image.png"
-    Image.new("RGB", (640, 480)).save(file)
-    images = tuple(
-        LabelledImage(file, i, (Annotation((9.0, 9.0, 9.0 + side, 9.0 + side), 0),), 640, 480)
-        for i, side in enumerate((25.0, 80.0, 80.0, 80.0, 80.0, 80.0) * 2)
-    )
-    splits = {"train": Dataset(images, ("square",), (1,), "train", "synthetic", file)}
+    splits = squares(tmp_path, *(25.0, 80.0, 80.0, 80.0, 80.0, 80.0) * 2)
     monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 0.0))
-    recipe = load_recipe("quick", ["train.time=1000s"])
-
-    def stop(event: Event) -> None:
-        if event.kind == "choices":
-            raise Stop(event)
-
-    with pytest.raises(Stop) as caught:
-        train(recipe, splits, tmp_path / "run", device="cpu", on_event=stop)
-    chosen = {c["setting"]: c["value"] for c in caught.value.args[0].data["choices"]}
+    events = events_until_choices(splits, tmp_path)
+    chosen = {c["setting"]: c["value"] for c in events[-1].data["choices"]}
     assert chosen["data.image_size"] < 448
     assert "model.p2" not in chosen
+    assert not [text for text in messages(events) if "P2" in text]
+
+
+def test_plan_without_time_for_p2_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = squares(tmp_path, *(20.0, 20.0, 80.0, 80.0, 80.0, 80.0) * 10)
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 0.0))
+    events = events_until_choices(splits, tmp_path)
+    plan = next(text for text in messages(events) if text.startswith("plan for 1000 s: "))
+    assert " px without P2 in " in plan
+    assert "model.p2" not in {c["setting"] for c in events[-1].data["choices"]}
 
 
 def test_limit_that_cannot_suffice_is_rejected_after_a_step(

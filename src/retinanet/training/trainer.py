@@ -285,10 +285,11 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     )
     batch = changes.get("train.batch_size", recipe.train.batch_size)
     side = changes.get("data.image_size", recipe.data.image_size)
+    without = " without P2" if changes.get("model.p2") is False else ""
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
-        f"steps of {batch} images of {side} px in {plan.seconds:.0f} s, validated "
+        f"steps of {batch} images of {side} px{without} in {plan.seconds:.0f} s, validated "
         f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes
