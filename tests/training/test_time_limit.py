@@ -88,7 +88,7 @@ def test_plan_with_few_steps_halves_the_batch_and_then_the_images() -> None:
     assert "data.image_size" not in changes
     # 8 s: 241 steps of 4 images. 384 / 1.25 is nearest to 320 px: (384 / 320)^2 = 1.44 times 241.
     # 320 / 1.25 is 256 px: 2.25 times 241 is 542.
-    changes, planned = plan(1000, Pace(40.0, 0.0))
+    changes, planned = plan(1000, Pace(8.0, 0.0))
     assert (changes["train.batch_size"], changes["data.image_size"]) == (4, 256)
     assert planned.steps == 542
 
