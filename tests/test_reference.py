@@ -119,7 +119,7 @@ def test_settings_page_has_every_setting_with_default_values_and_meaning(
         "integer ≥ 32",
         "the longer side at most (Detectron)",
         "`max_size_train`, `longest_side`",
-        "demo `128`, paper_quick `640`, paper_table2 `1333`, quick `640`",
+        "demo `192`, paper_quick `640`, paper_table2 `1333`, quick `640`",
     ]
     assert rows["train.epochs"][:2] == ["`none`", "number > 0, or `none`"]
     assert rows["model.p6_from"][:2] == ["`c5`", "`c5`, `p5`"]

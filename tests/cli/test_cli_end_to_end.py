@@ -12,10 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from retinanet.cli.demo import run_demo
+from retinanet.anchors import feature_sizes, level_anchors
+from retinanet.cli.demo import SHAPES, run_demo
 from retinanet.config import load_recipe
 from retinanet.data import read_splits
+from retinanet.data.synthetic import synthetic_dataset
+from retinanet.errors import RetinaNetError
+from retinanet.matching import match_anchors
+from retinanet.structures import Targets
+from retinanet.training.data import recipe_anchors
 
 from .conftest import TINY, Cli
 
@@ -263,16 +270,51 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
 
 
-def test_demo(tmp_path: Path) -> None:
-    settings = tuple(word for word in TINY if not word.startswith("--"))
-    extra = ("model.backbone=tiny", "model.backbone_weights=none", "train.steps=2",
-             "train.batch_size=2", "data.image_size=64", "data.max_size=64")  # fmt: skip
-    images = {"train": 4, "val": 2, "test": 3}
-    results = run_demo(tmp_path, images, (*settings, *extra), seed=0, device="cpu")
+SMALL = ("train.steps=2", "train.batch_size=2", "data.image_size=64", "data.max_size=64")
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = {"train": 4, "val": 2}
+    results = run_demo(tmp_path, images, SMALL, seed=0, device="cpu")
     assert [result.loss for result in results] == ["focal loss", "cross entropy"]
     assert all(0 <= result.metrics.ap <= 1 for result in results)
+    assert all((result.model / "model.safetensors").is_file() for result in results)
     drawn = {file.name for file in (tmp_path / "images").iterdir()}
     assert {f"000000_{name}.png" for name in ("labels", "focal_loss", "cross_entropy")} <= drawn
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert "cross_entropy/report.html" in page
-    assert (tmp_path / "cross_entropy" / "report.html").is_file()
+    reports = [result.folder / "report.html" for result in results]
+    assert all(file.is_file() for file in reports)
+    assert all(file.relative_to(tmp_path).as_posix() in page for file in reports)
+
+    capsys.readouterr()
+    again = run_demo(tmp_path, images, SMALL, seed=0, device="cpu")
+    assert [result.row for result in again] == [result.row for result in results]
+    assert capsys.readouterr().err.count(", finished before") == 2
+
+
+def test_demo_has_the_imbalance_of_the_paper(tmp_path: Path) -> None:
+    dataset = synthetic_dataset(tmp_path, splits={"train": 16}, **SHAPES)["train"]
+    spec, size = recipe_anchors(load_recipe("demo")), SHAPES["image_size"]
+    anchors = torch.cat(level_anchors(spec, feature_sizes(spec.strides, size, size)))
+    foreground = 0
+    for image in dataset.images:
+        boxes = torch.tensor([item.box for item in image.annotations]).reshape(-1, 4)
+        targets = Targets(boxes[None], torch.zeros(1, len(boxes), dtype=torch.int64))
+        foreground += int((match_anchors(anchors, targets) >= 0).sum())
+    assert len(anchors) >= 20_000
+    assert foreground > 0
+    assert len(dataset) * len(anchors) > 1000 * foreground
+
+
+def test_demo_ends_both_trainings_where_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {
+        "endless": ("train.steps=100000",),
+        "without weights": ("model.backbone_weights=default",),
+    }
+    monkeypatch.setattr("retinanet.cli.demo.LOSSES", losses)
+    monkeypatch.setattr("retinanet.cli.demo.usable_cpus", lambda: 2)
+    message = "training with without weights failed: there are no ImageNet weights of resnet10_half"
+    with pytest.raises(RetinaNetError, match=message):
+        run_demo(tmp_path, {"train": 4, "val": 2}, SMALL[1:], seed=0, device="cpu")

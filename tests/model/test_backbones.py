@@ -20,13 +20,13 @@ from retinanet.model import build_retinanet
 from retinanet.model.backbone import (
     BACKBONES,
     Backbone,
-    FrozenBatchNorm2d,
     build_backbone,
-    group_norm,
 )
+from retinanet.model.norms import BackboneConv2d, FrozenBatchNorm2d, adapt_timm, group_norm
 
 # C2 to C5 of the published networks.
 CHANNELS = {
+    "resnet10_half": (32, 64, 128, 256),
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
     "resnet50": (256, 512, 1024, 2048),
@@ -37,7 +37,7 @@ CHANNELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet10_half", "resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_backbone_gives_c2_to_c5(name: str, padding: str) -> None:
     assert [tuple(one.shape) for one in maps] == expected
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES.keys() - {"tiny"}))  # the tests' own
+@pytest.mark.parametrize("name", sorted(BACKBONES.keys() & set(torchvision.models.list_models())))
 def test_modules_are_torchvisions(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, norm="trained")
@@ -286,6 +286,13 @@ def test_without_internet_the_choices_are_named(weights: str, file: str) -> None
     assert "\n" not in message
 
 
+def test_weights_of_a_network_that_is_no_backbone_are_not_fetched() -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights of vgg16 'IMAGENET1K_V1' is not one of default"
+    ):
+        _build("IMAGENET1K_V1", backbone="vgg16")
+
+
 def test_a_timm_backbone() -> None:
     pytest.importorskip("timm")
     backbone = build_backbone("timm/resnet10t", norm="trained", frozen_stages=2)
@@ -298,6 +305,70 @@ def test_a_timm_backbone() -> None:
     assert {name.split(".")[1] for name in changed} == {"layer2", "layer3", "layer4"}
     assert [len(part) > 0 for part in backbone.stage_parameters()] == [True] * 5
     assert _forward_changes(build_backbone("timm/resnet10t", norm="frozen")) == set()
+
+
+def test_timm_backbone_that_collects_its_maps_by_hooks_can_be_copied() -> None:
+    pytest.importorskip("timm")
+    backbone = build_backbone("timm/xception41", norm="frozen").eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        maps, expected = deepcopy(backbone)(images), backbone(images)
+    for x, y in zip(maps, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"),
+    [
+        ("resnet10t", 1.0),
+        ("tf_efficientnet_lite0", 1.0),
+        ("mobilenetv3_small_050", 1.0),
+        ("mobilenetv4_conv_small", 1.0),
+        ("resnetv2_50", 0.5),  # norms before the convolutions, some of several convolutions
+    ],
+)
+def test_timm_backbone_with_frozen_norm_equals_timm(name: str, folded: float) -> None:
+    """Maps and gradients of sizes whose strided maps have odd sides; names of weights stay."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = build_backbone(f"timm/{name}", norm="frozen")
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        norm.weight.data.uniform_(0.3, 0.6)
+        norm.bias.data.normal_(0, 0.2)
+    assert sum(norm.folded for norm in norms) >= folded * len(norms)
+    assert not [m for m in backbone.modules() if type(m).__name__ == "Conv2dSame"]
+    plain = timm.create_model(name, features_only=True)
+    assert list(plain.state_dict()) == list(backbone.net.state_dict())  # type: ignore[union-attr]
+    plain.load_state_dict(backbone.net.state_dict())  # type: ignore[union-attr]
+    backbone, plain = deepcopy(backbone).double().train(), plain.double().eval()
+    for height, width in ((32, 96), (160, 64)):
+        images = torch.randn(1, 3, height, width, dtype=torch.float64)
+        maps, expected = backbone(images)[1:], plain(images)[-3:]
+        for x, y in zip(maps, expected, strict=True):
+            torch.testing.assert_close(x, y)
+        torch.stack([x.square().mean() for x in maps]).sum().backward()
+        torch.stack([y.square().mean() for y in expected]).sum().backward()
+    gradients = dict(plain.named_parameters())
+    for key, parameter in backbone.net.named_parameters():  # type: ignore[union-attr]
+        if parameter.requires_grad and gradients[key].grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[key].grad)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_same_padding_is_constant_only_where_sides_are_multiples_of_strides(
+    constant: bool,
+) -> None:
+    layers = pytest.importorskip("timm.layers")
+    net = nn.Sequential(layers.Conv2dSame(3, 4, 5, 2), layers.Conv2dSame(4, 4, 4, 4, dilation=2))
+    adapted = deepcopy(net)
+    adapt_timm(adapted, padded=layers.Conv2dSame, constant=constant, frozen=True)
+    assert [type(module) is BackboneConv2d for module in adapted] == [constant] * 2
+    for height, width in ((32, 64), (96, 160), (48, 24)):
+        images = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(adapted(images), net(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_lite0", "convnext_atto"])
@@ -392,6 +463,11 @@ def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_paddin
 def test_entry_that_torchvision_lacks_is_named(backbone: str) -> None:
     with pytest.raises(ConfigError, match=f"weights of {backbone} 'IMAGENET1K_V2' is not one of"):
         _build("IMAGENET1K_V2", backbone=backbone)
+
+
+def test_default_weights_of_a_backbone_without_any_is_an_error() -> None:
+    with pytest.raises(WeightsError, match=r"no ImageNet weights of resnet10_half; give a file"):
+        _build("default", backbone="resnet10_half")
 
 
 def test_stride_in_the_first_convolution_needs_bottlenecks() -> None:

@@ -18,7 +18,7 @@ from retinanet.data import read_splits, usable
 from retinanet.data.balance import repeat_factors
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.training.data import recipe_recall
-from retinanet.training.settings_from_data import choose_settings, values
+from retinanet.training.settings_from_data import choose_settings, needs, values
 
 Box = tuple[float, float, float, float]
 
@@ -149,6 +149,35 @@ def test_images_are_not_enlarged_much() -> None:
     found = chosen(labels(boxes, size=(160, 160)))
     assert (found["data.image_size"], found["data.max_size"]) == (224, 373)
     assert chosen(labels(boxes, size=(160, 160)), on_gpu=True)["data.image_size"] == 224
+
+
+def test_what_a_training_needs_follows_from_the_median_class_and_the_median_object() -> None:
+    # 3 classes with 20, 40 and 200 objects in 100 images: 2,000 of the second are 5,000 images, but
+    # 12 epochs are 1,200. With 100 times as many objects in as many images 50 images are enough.
+    def box(side: float) -> Box:
+        return (0.0, 0.0, side, side)
+
+    counts = (20, 40, 200)
+    objects = [(box(40), label) for label, count in enumerate(counts) for _ in range(count)]
+    images = [objects[i::100] for i in range(100)]
+    need = needs(labels(images, classes=3), 100)
+    assert need.images == 1200
+    assert needs(labels([image * 100 for image in images], classes=3), 100).images == 50
+    # Of images without objects more are needed; an epoch may have fewer of them than there are.
+    sparse = labels([*(image * 100 for image in images), *[[]] * 900], classes=3)
+    assert needs(sparse, 1000).images == 500
+    assert needs(sparse, 200).images == 100
+    # 40 px of 480 are 21.6 px (2.7 cells of P3) from 259 px on, and 1.5 x 480 is 720 px.
+    assert need.min_side == 288
+    assert need.max_side == 704
+
+
+def test_a_plan_without_p2_is_kept() -> None:
+    dataset = squares(14, 8)
+    assert values(choose_settings(load_recipe("quick"), dataset))["model.p2"]
+    chosen = values(choose_settings(load_recipe("quick"), dataset, image_size=384, p2=False))
+    assert "model.p2" not in chosen
+    assert chosen.get("data.image_size", 384) == 384
 
 
 def test_a_gpu_takes_larger_images() -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from retinanet.cli.train import TrainingOptions
 from retinanet.config import load_recipe, parse_seconds
+from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError
 from retinanet.training import loop, trainer
@@ -98,6 +100,32 @@ def test_plan_keeps_what_is_stated() -> None:
     assert planned.steps == 120
     changes, _ = plan(1000, Pace(8.0, 0.0), "auto=false")
     assert not {"train.batch_size", "data.image_size"} & changes.keys()
+
+
+def test_plan_with_few_images_seen_leaves_p2_out_and_then_reduces_the_images() -> None:
+    # 2 s a step of 8 images with P2: 3856 images in 482 steps. Without it a step takes 1 s, and at
+    # 320 and 256 px (320 / 384)^2 and (256 / 384)^2 of it.
+    recipe = load_recipe("quick", ["train.time=1000"]).choose({"model.p2": True})
+
+    def planned(images: int, **options: Any) -> tuple[dict[str, Any], int]:
+        given = {"num_images": 20000, "max_side": 640, "min_side": 256} | options
+        changes, plan = plan_training(recipe, Pace(2.0, 0.0), 0.0, enough_images=images, **given)
+        return {
+            k: v for k, v in changes.items() if k in ("model.p2", "data.image_size")
+        }, plan.steps
+
+    assert planned(3856) == ({}, 482)
+    assert planned(7000) == ({"model.p2": False}, 964)
+    assert planned(11000) == ({"model.p2": False, "data.image_size": 320}, 1388)
+    smallest = {"model.p2": False, "data.image_size": 256}
+    assert planned(15000) == (smallest, 2168)
+    assert planned(10**6) == (smallest, 2168)  # for smaller images objects would be too small
+    assert planned(10**6, min_side=416) == ({}, 482)
+    assert planned(10**6, min_side=0)[0] == {"model.p2": False, "data.image_size": 64}
+    stated = ("model.p2=true", "data.image_size=384", "data.max_size=640")
+    changes, kept = plan(1000, Pace(2.0, 0.0), *stated, enough_images=10**6, min_side=256)
+    assert kept.steps == 482
+    assert not {"model.p2", "data.image_size"} & changes.keys()
 
 
 def test_plan_with_many_epochs_takes_larger_images() -> None:
@@ -206,6 +234,55 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert load_recipe(tmp_path / "run" / "config.toml") == stored
     with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def squares(folder: Path, *sides: float) -> dict[str, Dataset]:
+    """A training split of one image of 640 x 480 px per square."""
+    file = folder / "image.png"
+    Image.new("RGB", (640, 480)).save(file)
+    images = tuple(
+        LabelledImage(file, i, (Annotation((9.0, 9.0, 9.0 + side, 9.0 + side), 0),), 640, 480)
+        for i, side in enumerate(sides)
+    )
+    return {"train": Dataset(images, ("square",), (1,), "train", "synthetic", file)}
+
+
+def events_until_choices(splits: dict[str, Dataset], folder: Path) -> list[Event]:
+    events = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if event.kind == "choices":
+            raise Stop(event)
+
+    recipe = load_recipe("quick", ["train.time=1000s"])
+    with pytest.raises(Stop):
+        train(recipe, splits, folder / "run", device="cpu", on_event=stop)
+    return events
+
+
+def test_plan_with_smaller_images_does_not_add_p2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A sixth of the objects are 25 of 480 px: 23 px at 448, enough without P2, but not at 224.
+    splits = squares(tmp_path, *(25.0, 80.0, 80.0, 80.0, 80.0, 80.0) * 2)
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 0.0))
+    events = events_until_choices(splits, tmp_path)
+    chosen = {c["setting"]: c["value"] for c in events[-1].data["choices"]}
+    assert chosen["data.image_size"] < 448
+    assert "model.p2" not in chosen
+    assert not [text for text in messages(events) if "P2" in text]
+
+
+def test_plan_without_time_for_p2_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = squares(tmp_path, *(20.0, 20.0, 80.0, 80.0, 80.0, 80.0) * 10)
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 0.0))
+    events = events_until_choices(splits, tmp_path)
+    plan = next(text for text in messages(events) if text.startswith("plan for 1000 s: "))
+    assert " px without P2 in " in plan
+    assert "model.p2" not in {c["setting"] for c in events[-1].data["choices"]}
 
 
 def test_limit_that_cannot_suffice_is_rejected_after_a_step(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,32 @@ from retinanet.structures import BACKGROUND, IGNORED, Outputs
 
 TORCHVISION_CLASSES = 91
 
-SMALL_CHANNELS = 64
-"""Channels of pyramid and heads with a small backbone, as `quick` chooses on a CPU."""
+
+class BenchNetwork(NamedTuple):
+    """A network that is measured.
+
+    Attributes:
+        title: of its rows.
+        channels: of pyramid and heads; a small one has 64, as `quick` chooses on a CPU.
+        contrast: standard deviation of the class head's last weights. The features of a random
+            small network are small: float32 would round away their differences beside the prior's
+            bias of -4.6.
+        prefix: of the backbone's weights in ours; torchvision has none.
+    """
+
+    title: str
+    channels: int = 256
+    contrast: float = 0.3
+    prefix: str = ""
+
+
+NETWORKS = {
+    "resnet18": BenchNetwork("ResNet-18"),
+    "resnet50": BenchNetwork("ResNet-50"),
+    "mobilenet_v2": BenchNetwork("MobileNetV2", 64, 10.0, "features."),
+    "timm/tf_efficientnet_lite2": BenchNetwork("EfficientNet-Lite2", 64, 10.0, "net."),
+}
+"""By backbone."""
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -118,19 +142,19 @@ def outputs_like(
 
 
 def same_networks(
-    backbone: str, device: torch.device, *, contrast: float = 0.3
+    backbone: str, device: torch.device, *, contrast: float | None = None
 ) -> tuple[Any, RetinaNet]:
     """Build torchvision's RetinaNet and ours with the same random weights.
 
-    A ResNet has a pyramid of 256 channels, a small network one of 64. Scores of different anchors
-    vary with `contrast`, the standard deviation of the class head's last weights. `backbone` is
-    resnet18, resnet50, mobilenet_v2, or timm/NAME.
+    `backbone` is one of :data:`NETWORKS`. Scores of different anchors vary with `contrast`, which
+    replaces the network's.
 
     Raises:
         MissingExtraError: the backbone is timm's, which is not installed.
     """
     torch.manual_seed(0)
-    channels = 256 if backbone.startswith("resnet") else SMALL_CHANNELS
+    network = NETWORKS[backbone]
+    channels, contrast = network.channels, network.contrast if contrast is None else contrast
     model = RetinaNet(
         backbone=backbone,
         num_classes=TORCHVISION_CLASSES,
@@ -145,7 +169,7 @@ def same_networks(
             # With their initial weights the heads' outputs hardly depend on the image.
             nn.init.kaiming_normal_(layer.weight)
     nn.init.normal_(rival.head.classification_head.cls_logits.weight, std=contrast)
-    weights = {_our_name(key, backbone): value for key, value in rival.state_dict().items()}
+    weights = {_our_name(key, network.prefix): value for key, value in rival.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not missing, missing
     assert all(name.endswith("num_batches_tracked") for name in unexpected), unexpected
@@ -193,9 +217,8 @@ class _TimmPyramid(nn.Module):
         return maps
 
 
-def _our_name(key: str, backbone: str) -> str:
-    body = {"mobilenet_v2": "features."}.get(backbone, "net." if "/" in backbone else "")
-    return our_name(key.replace("backbone.body.", f"backbone.body.{body}"))
+def _our_name(key: str, prefix: str) -> str:
+    return our_name(key.replace("backbone.body.", f"backbone.body.{prefix}"))
 
 
 def torchvision_network(

@@ -141,7 +141,7 @@ def train(
 
     if not PartialState().is_main_process:
         return
-    report = write_report(trained)
+    report = write_report(trained.folder)
     if json:
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})
         return

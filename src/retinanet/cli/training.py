@@ -1,4 +1,4 @@
-"""Progress display of ``train`` and ``demo``."""
+"""Progress display of ``train``."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def command_start() -> float:
     return time.monotonic() - (time.time() - float(process.create_time()))
 
 
-def write_report(run: Run) -> Path | None:
+def write_report(folder: Path) -> Path | None:
     """Write ``report.html`` and plots; warn where that fails, since the run itself succeeded."""
     from retinanet.report.html import write_report as write
 
     try:
-        return write(run.folder)
+        return write(folder)
     except Exception as error:
         note(f"warning: no report was written: {type(error).__name__}: {error}", style="yellow")
         return None

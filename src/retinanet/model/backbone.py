@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.config import check_choice, is_own, nearest
@@ -33,6 +32,13 @@ from retinanet.model.blocks import (
     conv_relu6,
     init_weights,
     residual_stage,
+)
+from retinanet.model.norms import (
+    FrozenBatchNorm2d,
+    adapt_timm,
+    adapt_torchvision,
+    group_norm,
+    replace_batch_norm,
 )
 from retinanet.model.weight_files import read_tensors
 from retinanet.own import build_module
@@ -93,28 +99,29 @@ class Backbone(nn.Module):
 class ResNet(Backbone):
     """ResNet or ResNeXt without its classifier (He et al. 2016, Table 1)."""
 
-    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
-        "resnet18": (BasicBlock, (2, 2, 2, 2)),
-        "resnet34": (BasicBlock, (3, 4, 6, 3)),
-        "resnet50": (Bottleneck, (3, 4, 6, 3)),
-        "resnet101": (Bottleneck, (3, 4, 23, 3)),
-        "resnet152": (Bottleneck, (3, 8, 36, 3)),
-        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3)),
+    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int], int]] = {
+        "resnet10_half": (BasicBlock, (1, 1, 1, 1), 32),  # not torchvision's: no ImageNet weights
+        "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+        "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+        "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+        "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
+        "resnet152": (Bottleneck, (3, 8, 36, 3), 64),
+        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3), 64),
     }
-    """Type of the blocks, and their number in the stages of C2 to C5."""
+    """Type of the blocks, their number in the stages of C2 to C5, and channels of the stem."""
 
     def __init__(self, name: str, norm_layer: NormLayer) -> None:
         super().__init__()
-        block, depths = self.blocks[name]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-        self.bn1 = norm_layer(64)
+        block, depths, width = self.blocks[name]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+        self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        widths = (64, 128, 256, 512)
+        widths = tuple(width * factor for factor in (1, 2, 4, 8))
         two, three, four, five = (block.expansion * width for width in widths)
         self.channels = (two, three, four, five)
         stage = partial(residual_stage, block, norm_layer=norm_layer)
-        self.layer1 = stage(depths[0], 64, widths[0], 1)
+        self.layer1 = stage(depths[0], width, widths[0], 1)
         self.layer2 = stage(depths[1], two, widths[1], 2)
         self.layer3 = stage(depths[2], three, widths[2], 2)
         self.layer4 = stage(depths[3], four, widths[3], 2)
@@ -234,7 +241,7 @@ class OwnBackbone(Backbone):
 class Timm(OwnBackbone):
     """A timm network that returns feature maps."""
 
-    def __init__(self, name: str, norm_layer: NormLayer | None) -> None:
+    def __init__(self, name: str, norm: str) -> None:
         timm = _import_timm()
         short = name.removeprefix("timm/")
         # For a name with a slash or a colon timm would look on the internet.
@@ -247,8 +254,15 @@ class Timm(OwnBackbone):
                 f"backbone {name!r} has no feature maps: {_first_line(error)}"
             ) from None
         super().__init__(net, name)
-        if norm_layer is not None:
-            _replace_batch_norm(net, norm_layer)
+        if norm == "group":
+            replace_batch_norm(net, group_norm)
+        adapt_timm(
+            self,
+            padded=timm.layers.Conv2dSame,
+            # Images are multiples of 32: below stride 32 every side is even.
+            constant=max(net.feature_info.reduction()) <= 32,
+            frozen=norm == "frozen",
+        )
 
     def stage_parameters(self) -> list[list[nn.Parameter]]:
         """Return the parameters of the stages, whose last modules are known by name."""
@@ -294,6 +308,9 @@ def build_backbone(
             class of ``torch.nn.Module`` without arguments, or a function that returns one
             (:class:`OwnBackbone`). Its norms, padding and weights are its own: the other arguments
             do not apply.
+            Networks of timm that pad as TensorFlow does (``timm/tf_...``) are for images whose
+            sides are multiples of 32, as in RetinaNet: with others their maps are shifted against
+            timm's.
         norm: "frozen": batch norm with fixed statistics, scale and offset; "trained": batch norm as
             usual; "sync": the same, but with statistics over all processes of a training on several
             GPUs (Peng et al. 2018, MegDet, Sec. 3.2); "group": group norm (Wu and He 2018).
@@ -320,7 +337,7 @@ def build_backbone(
             backbone.stage_parameters()
         return backbone.train()
     if name.startswith("timm/"):
-        backbone = Timm(name, group_norm if norm == "group" else None)
+        backbone = Timm(name, norm)
     elif name in BACKBONES:
         kind = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
         layer = group_norm if norm == "group" else partial(kind, eps=norm_eps)
@@ -337,7 +354,8 @@ def build_backbone(
             raise ConfigError(f"stride_in_1x1 is for ResNets with bottlenecks, got {name!r}")
         for block in blocks:
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-    _replace_convolutions(backbone, same_padding=stride_padding == "same")
+    if not isinstance(backbone, Timm):
+        adapt_torchvision(backbone, same_padding=stride_padding == "same")
     if norm == "frozen":
         for module in backbone.modules():
             if isinstance(module, _BatchNorm):
@@ -352,118 +370,6 @@ def build_backbone(
 def has_c2(name: str) -> bool:
     """Return True if a backbone has a feature map at stride 4."""
     return name in BACKBONES or bool(build_backbone(name).channels[0])
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return group norm in 32 groups, or as many as have at least two channels each."""
-    groups = max((g for g in (32, 16, 8, 4, 2) if channels % (2 * g) == 0), default=1)
-    return nn.GroupNorm(groups, channels)
-
-
-def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return (C,) each, such that batch norm in eval mode is scale * x + shift."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = norm.weight * scale
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else norm.bias + shift
-
-
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm with constant statistics, scale and offset: an affine map per channel.
-
-    Attributes:
-        folded: True if the convolution before it applies it (:class:`BackboneConv2d`), which saves
-            reading, writing and keeping a map. The result differs by rounding only.
-    """
-
-    folded = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize, unless the convolution has."""
-        return x if self.folded else super().forward(x)
-
-
-class BackboneConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's padding, or the frozen batch norm that follows it, or both.
-
-    Args:
-        conv: the convolution whose weights it takes over.
-        norm: a batch norm that is applied to this convolution's output only.
-        same_padding: pad as TensorFlow's SAME does on even sizes: kernel - 2 in all, the odd pixel
-            of it at the right and the bottom.
-
-    Attributes:
-        margins: zeros added at the left, right, top and bottom before the convolution.
-    """
-
-    def __init__(
-        self, conv: nn.Conv2d, norm: FrozenBatchNorm2d | None, *, same_padding: bool
-    ) -> None:
-        with torch.device("meta"):  # without memory and random numbers
-            super().__init__(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,  # type: ignore[arg-type]
-                conv.stride,  # type: ignore[arg-type]
-                0 if same_padding else conv.padding,  # type: ignore[arg-type]
-                conv.dilation,  # type: ignore[arg-type]
-                conv.groups,
-                conv.bias is not None,
-            )
-        self.weight, self.bias = conv.weight, conv.bias
-        self.margins: tuple[int, ...] = ()
-        if same_padding:
-            vertical, horizontal = conv.kernel_size[0] - 2, conv.kernel_size[1] - 2
-            top, left = vertical // 2, horizontal // 2
-            self.margins = (left, horizontal - left, top, vertical - top)
-        # In a tuple, so that the norm is not a child of this module: names of weights stay.
-        self.norms = () if norm is None else (norm,)
-        if norm is not None:
-            norm.folded = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pad and convolve with the weights times the norm's scale."""
-        weight, bias = self.weight, self.bias
-        for norm in self.norms:
-            scale, shift = scale_and_shift(norm)
-            weight = weight * scale[:, None, None, None]
-            bias = shift if bias is None else bias * scale + shift
-        x = F.pad(x, self.margins) if self.margins else x
-        result: Tensor = self._conv_forward(x, weight, bias)
-        return result
-
-
-def _replace_convolutions(backbone: nn.Module, *, same_padding: bool) -> None:
-    """Let convolutions apply the frozen norms after them, and pad those of stride 2.
-
-    In torchvision's networks a norm is always registered right after its convolution.
-    """
-    following = dict(pairwise(backbone.modules()))
-    for module in list(backbone.modules()):
-        for name, child in list(module.named_children()):
-            halves = same_padding and getattr(child, "stride", None) in (2, (2, 2))
-            if type(child) is nn.Conv2d:
-                norm = following.get(child)
-                norm = norm if isinstance(norm, FrozenBatchNorm2d) else None
-                pads = halves and min(child.kernel_size) > 2
-                if norm is not None or pads:
-                    setattr(module, name, BackboneConv2d(child, norm, same_padding=pads))
-            elif isinstance(child, nn.MaxPool2d) and halves:
-                # Zeros are equivalent to minus infinity: the input has passed a ReLU.
-                setattr(module, name, nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2)))
-
-
-def _replace_batch_norm(net: nn.Module, norm_layer: NormLayer) -> None:
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, _BatchNorm):
-                # timm's batch norm may contain the activation that follows it.
-                after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-                group = norm_layer(child.num_features)
-                setattr(module, name, nn.Sequential(group, *after) if after else group)
 
 
 class BackboneWeights(NamedTuple):
@@ -518,7 +424,10 @@ def _find_entry(name: str, entry: str) -> Any:
     """Return a torchvision weights entry of a backbone by name."""
     import torchvision  # slow: it imports torch's compiler
 
-    entries = list(torchvision.models.get_model_weights(name)) if name in BACKBONES else []
+    is_known = name in BACKBONES and name in torchvision.models.list_models()
+    entries = list(torchvision.models.get_model_weights(name)) if is_known else []
+    if name in BACKBONES and not entries:
+        raise WeightsError(f"there are no ImageNet weights of {name}; {CHOICES}")
     known = {known for item in entries for known in (item.name, str(item))}
     check_choice(f"weights of {name}", entry, sorted(known) or ["default", "none", "a file"])
     return next(item for item in entries if entry in (item.name, str(item)))

@@ -19,29 +19,46 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.model.backbone import (
-    Backbone,
+from retinanet.model.backbone import Backbone
+from retinanet.model.heads import Head
+from retinanet.model.norms import (
     BackboneConv2d,
     FrozenBatchNorm2d,
+    contains_activation,
+    only_user,
     scale_and_shift,
+    trace,
 )
-from retinanet.model.heads import Head
 from retinanet.model.retinanet import RetinaNet, to_channels_last
+from retinanet.structures import is_eager
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu_,
-    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+# By layer or function.
+_NAMES: dict[Any, str] = {
+    nn.ReLU: "relu",
+    F.relu: "relu",
+    torch.relu: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
 }
 # Name and constants of an activation in oneDNN.
 _ONEDNN: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
+    "silu": ("swish", []),
+    "hardswish": ("hardswish", []),
 }
 
 _CONVOLUTIONS = (nn.Conv2d, BackboneConv2d)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 # Image sizes for which packed weights of the backbone are kept: landscape and portrait. The heads'
 # are kept for the levels of one size: five packings of theirs are as large as the backbone's.
@@ -66,6 +83,7 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
         a network in eval mode whose outputs differ from the model's by rounding; without gradient.
     """
     copy = deepcopy(model).eval().requires_grad_(False)
+    _separate_norms(copy.backbone)
     backbone = _traced(copy.backbone)
     if backbone is not None:
         copy.backbone = cast(Backbone, backbone)
@@ -82,6 +100,7 @@ def fused_copy(model: RetinaNet, dtype: torch.dtype, *, pack: bool = True) -> Re
     if pack and mean.device.type == "cpu" and can_pack(dtype):
         for module, bias in zip(convolutions, biases, strict=True):
             module.shapes_kept = SHAPES_KEPT
+            module.include_margins()
             if not module.adds:  # for which torch supports no other type
                 # In float32: a rounding error would be the same in every cell.
                 module.bias = nn.Parameter(bias, requires_grad=False)
@@ -120,9 +139,10 @@ class FusedConv2d(nn.Module):
     """A convolution with the batch norm, sum and activation that follow it.
 
     Args:
-        conv: the source of weights and geometry.
-        norm: batch norm in eval mode, folded into weight and bias.
-        activation: "none", "relu" or "relu6".
+        conv: the source of weights and geometry; its padding is zeros. A norm that it applies
+            (:class:`BackboneConv2d`) is folded too.
+        norm: batch norm in eval mode after it, folded into weight and bias.
+        activation: "none", "relu", "relu6", "silu" or "hardswish".
         adds: True if it is called with a second map, which is added.
     """
 
@@ -137,17 +157,42 @@ class FusedConv2d(nn.Module):
         self.adds = adds
         weight, bias = conv.weight.detach(), conv.bias
         bias = torch.zeros_like(weight[:, 0, 0, 0]) if bias is None else bias.detach()
-        if norm is not None:
-            weight, bias = _folded(weight, bias, norm)
+        own = conv.norms if isinstance(conv, BackboneConv2d) else ()
+        for part in own if norm is None else (*own, norm):
+            weight, bias = _folded(weight, bias, part)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
-        self.padding: tuple[int, ...] = cast("tuple[int, ...]", conv.padding)
+        self.padding: tuple[int, ...] = (0, 0)
         self.margins = conv.margins if isinstance(conv, BackboneConv2d) else ()
+        if not isinstance(conv.padding, str):
+            self.padding = conv.padding
+        elif conv.padding == "same":
+            vertical, horizontal = (
+                dilation * (kernel - 1)
+                for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
+            )
+            self.padding = top, left = vertical // 2, horizontal // 2
+            if vertical % 2 or horizontal % 2:
+                self.padding = (0, 0)
+                self.margins = (left, horizontal - left, top, vertical - top)
         self.activation = activation
         self.shapes_kept: int | None = None
         # By number of threads and input shape, the last used last.
         self.packed: dict[int, dict[torch.Size, Tensor | None]] = {}
+
+    def include_margins(self) -> None:
+        """Replace the padding of the input, a copy, by a row and a column of zeros in the kernel.
+
+        Only where the kernel has few input channels: its work grows, by 16/9 for a kernel of 3.
+        """
+        if not self.margins or self.weight.shape[1] > 4:
+            return
+        left, right, top, bottom = self.margins
+        if (bottom - top, right - left) != self.dilation:
+            return
+        self.weight = nn.Parameter(F.pad(self.weight, (1, 0, 1, 0)), requires_grad=False)
+        self.padding, self.margins = (bottom, right), ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors in oneDNN's layout cannot be copied or pickled: a copy packs its own.
@@ -205,19 +250,27 @@ class FusedConv2d(nn.Module):
                 y = torch.ops.mkldnn._convolution_pointwise(
                     x, weight, self.bias, *geometry, "none", [], ""
                 )
-                y = _ACTIVATIONS[self.activation](y + other)
+                y = _activate(y + other, self.activation)
             else:
-                unary = None if name == "none" else name
-                # Adds to what lies in the output's memory: no third map is read or written.
+                # Adds to what lies in the output's memory: no third map is read or written. After
+                # a sum oneDNN computes no activation but ReLU.
+                unary = "relu" if name == "relu" else None
                 y = torch.ops.mkldnn._convolution_pointwise_.binary(
-                    other, x, weight, self.bias, *geometry, "add", 1.0, unary, constants, ""
+                    other, x, weight, self.bias, *geometry, "add", 1.0, unary, [], ""
                 )
+                if unary is None:
+                    y = _activate(y, self.activation)
             return y
         padding, stride, dilation, groups = geometry
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
             y = y + other
-        return _ACTIVATIONS[self.activation](y)
+        return _activate(y, self.activation)
+
+
+def _activate(x: Tensor, name: str) -> Tensor:
+    # To convert an operation in place to OpenVINO takes three times as long.
+    return x if name == "none" else _ACTIVATIONS[name](x, inplace=is_eager())
 
 
 def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -229,55 +282,77 @@ def _folded(weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Ten
     return folded.to(weight.dtype).to(weight.device), shift.to(weight.dtype).to(weight.device)
 
 
+def _can_fuse(module: nn.Module) -> bool:
+    """Return True for a convolution that pads with zeros."""
+    return type(module) in _CONVOLUTIONS and module.padding_mode == "zeros"
+
+
 def _fuse_head(head: Head) -> None:
     """Fuse each (convolution, ReLU) of the tower."""
     for i, block in enumerate(head.tower):
         parts = list(cast(nn.Sequential, block))
-        if len(parts) == 2 and type(parts[0]) is nn.Conv2d and isinstance(parts[1], nn.ReLU):
-            head.tower[i] = FusedConv2d(parts[0], activation="relu")
+        if len(parts) == 2 and _can_fuse(parts[0]) and isinstance(parts[1], nn.ReLU):
+            head.tower[i] = FusedConv2d(cast(nn.Conv2d, parts[0]), activation="relu")
 
 
 def _fuse_plain(model: nn.Module) -> None:
     """Replace convolutions with nothing to fuse, for packed weights."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in _CONVOLUTIONS and not getattr(child, "norms", ()):
+            if _can_fuse(child):
                 setattr(parent, name, FusedConv2d(cast(nn.Conv2d, child)))
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        known = isinstance(module, nn.Conv2d | _BatchNorm)
-        return known or super().is_leaf_module(module, name)
+def _separate_norms(net: nn.Module) -> None:
+    """Replace batch norm that contains an activation, and others' frozen norms, by plain ones."""
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            # torchvision's and timm's, in networks of the user; they are no batch norm of torch's.
+            foreign = type(child).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+            foreign = foreign and type(child).__module__.startswith(("torchvision.", "timm."))
+            if not (foreign or contains_activation(child)) or child.running_var is None:
+                continue
+            source: Any = child
+            norm = FrozenBatchNorm2d(len(source.running_var), source.eps)
+            norm.folded = getattr(child, "folded", False)
+            for tensor in ("weight", "bias", "running_mean", "running_var"):
+                if (value := getattr(child, tensor)) is not None:
+                    getattr(norm, tensor).data = value.data
+            after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            setattr(parent, name, nn.Sequential(norm, *after).eval())
 
 
 def _traced(backbone: Backbone) -> fx.GraphModule | None:
     """Return the backbone with its convolutions fused; None if it cannot be traced."""
-    try:
-        graph = _Tracer().trace(backbone)
-    except Exception:  # timm's networks may do anything that a proxy cannot follow
+    traced = trace(backbone)
+    if traced is None:
         return None
-    traced = fx.GraphModule(backbone, graph)
+    graph = traced.graph
     graph.eliminate_dead_code()
     modules = dict(traced.named_modules())
     for node in list(graph.nodes):
+        module = _module(node, modules, (nn.Identity, FrozenBatchNorm2d))
+        # The convolution applies a folded norm.
+        if module is not None and len(node.args) == 1 and getattr(module, "folded", True):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
         conv = _module(node, modules, _CONVOLUTIONS)
-        if conv is None:
+        if conv is None or not _can_fuse(conv):
             continue
-        replaced, norm = [node], _module(_only_user(node), modules, _NORMS)
+        replaced, norm = [node], _module(only_user(node), modules, _NORMS)
         if norm is not None:
-            replaced.append(cast(fx.Node, _only_user(node)))
+            replaced.append(cast(fx.Node, only_user(node)))
         last = replaced[-1]
-        total, other = _only_user(last), None
+        total, other = only_user(last), None
         if total is not None and total.target in (operator.add, operator.iadd, torch.add):
             other = next((term for term in total.args if term is not last), None)
-            # A convolution cannot write to its input.
-            fits = isinstance(other, fx.Node) and other is not node.args[0] and not total.kwargs
-            if fits and _may_be_overwritten(graph, modules, cast(fx.Node, other), total):
+            fits = isinstance(other, fx.Node) and not total.kwargs
+            if fits and _may_be_overwritten(graph, modules, cast(fx.Node, other), node, total):
                 replaced.append(total)
             else:
                 other = None
-        following = _only_user(replaced[-1])
+        following = only_user(replaced[-1])
         activation = _activation(following, modules)
         if activation != "none":
             replaced.append(cast(fx.Node, following))
@@ -285,7 +360,7 @@ def _traced(backbone: Backbone) -> fx.GraphModule | None:
         name = f"fused_{node.name}"
         traced.add_module(name, fused)
         modules[name] = fused
-        with graph.inserting_after(replaced[-1]):
+        with graph.inserting_after(node):  # its input may be overwritten later
             inputs = (node.args[0],) if other is None else (node.args[0], cast(fx.Node, other))
             new = graph.call_module(name, inputs)
         replaced[-1].replace_all_uses_with(new)
@@ -304,27 +379,39 @@ def _module(node: fx.Node | None, modules: dict[str, nn.Module], kinds: tuple[ty
     return module if type(module) in kinds else None
 
 
-def _only_user(node: fx.Node | None) -> fx.Node | None:
-    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
-
-
 def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> str:
     if node is None:
         return "none"
-    if node.op == "call_module":
-        kinds = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
-        return kinds.get(type(modules.get(str(node.target))), "none")  # type: ignore[arg-type]
-    return "relu" if node.target in (F.relu, torch.relu) else "none"
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    return _NAMES.get(node.target if module is None else type(module), "none")
 
 
 def _may_be_overwritten(
-    graph: fx.Graph, modules: dict[str, nn.Module], node: fx.Node, by: fx.Node
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    other: fx.Node,
+    conv: fx.Node,
+    total: fx.Node,
 ) -> bool:
-    """Return True if the node's memory is its own, and nothing after node `by` reads it.
+    """Return True if `conv` may write its sum with `other` to the memory of `other`.
 
-    Of two convolutions whose outputs are added, the later one computes the sum.
+    That memory must be the map's own, and complete when `conv` runs; `conv` and what follows must
+    not read it, nor a view of it. Of two convolutions whose outputs are added, the later one
+    computes the sum.
     """
-    if _module(node, modules, (FusedConv2d, nn.MaxPool2d)) is None:
+    if _module(other, modules, (FusedConv2d, nn.MaxPool2d)) is None:
         return False
-    order = {other: i for i, other in enumerate(graph.nodes)}
-    return all(user is by or order[user] < order[by] for user in node.users)
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    users = [user for user in other.users if user is not total]
+    return order[other] < order[conv] and all(
+        order[user] < order[conv] and _returns_new_memory(user, modules) for user in users
+    )
+
+
+def _returns_new_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return True if the result is known to be no view of an input; False if that is unknown."""
+    kinds = (FusedConv2d, *_CONVOLUTIONS, *_NORMS, *_POOLS, nn.Sigmoid, *_NAMES)
+    module = _module(node, modules, tuple(kind for kind in kinds if isinstance(kind, type)))
+    if module is not None:
+        return not (getattr(module, "inplace", False) or getattr(module, "folded", False))
+    return node.target in (F.avg_pool2d, F.max_pool2d, torch.sigmoid, "mean")

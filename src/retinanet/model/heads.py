@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from retinanet.boxes import distances_to_deltas
 from retinanet.config import ModelSpec, is_own
 from retinanet.errors import ConfigError
-from retinanet.model.backbone import group_norm
+from retinanet.model.norms import group_norm
 from retinanet.own import build_module
 
 

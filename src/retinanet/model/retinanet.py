@@ -280,14 +280,15 @@ def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings:
         num_classes: K, without a background class.
         spec: the settings of the network; None: the paper's.
         settings: fields of :class:`retinanet.config.ModelSpec` that replace those of `spec`, among
-            them ``backbone`` (resnet18, 34, 50, 101, 152, resnext101_32x8d, mobilenet_v2,
-            timm/NAME; or a class or function of your own, or its import path ``module:NAME``:
-            :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (of your own likewise, built
-            for classes and boxes as ``Net(channels, outputs)``), ``backbone_weights`` ("default":
-            ImageNet, downloaded once; "none"; or a file), ``norm`` of the backbone ("frozen" or
-            "trained" batch norm, or "group" norm for training from scratch), ``p2`` (a level at
-            stride 4 for small objects; not in the paper), and ``sizes`` (square root of the
-            anchors' area in pixels, per level).
+            them ``backbone`` (resnet10_half, resnet18, 34, 50, 101, 152, resnext101_32x8d,
+            mobilenet_v2, timm/NAME; or a class or function of your own, or its import path
+            ``module:NAME``: :class:`retinanet.model.backbone.OwnBackbone`), ``head`` (of your own
+            likewise, built for classes and boxes as ``Net(channels, outputs)``),
+            ``backbone_weights`` ("default": ImageNet, downloaded once; "none"; or a file), ``norm``
+            of the backbone ("frozen" or "trained" batch norm, "sync" for statistics over several
+            GPUs, or "group" norm for training from scratch), ``p2`` (a level at stride 4 for small
+            objects; not in the paper), and ``sizes`` (square root of the anchors' area in pixels,
+            per level).
 
     Raises:
         ConfigError: a setting is unknown, out of range or contradicts another.

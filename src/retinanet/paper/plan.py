@@ -192,7 +192,7 @@ def make_plan(
         for row in filter(lambda row: row.trained, experiment.rows):
             recipes = [resolve(experiment, row, settings, seed) for seed in range(settings.seeds)]
             rows[experiment.name, row.key] = tuple(
-                Training(_name(recipe, row.rival, data_digest), recipe, row.rival, seed)
+                Training(training_name(recipe, row.rival, data_digest), recipe, row.rival, seed)
                 for seed, recipe in enumerate(recipes)
             )
     by_seed = [trainings[seed] for seed in range(settings.seeds) for trainings in rows.values()]
@@ -322,7 +322,7 @@ def _reference_scale(experiment: Experiment) -> int:
     return _PAPER_SIZE if _PAPER_SIZE in scales or not scales else max(scales)
 
 
-def _name(recipe: Recipe, rival: str, data_digest: str) -> str:
+def training_name(recipe: Recipe, rival: str, data_digest: str) -> str:
     """Name a training's folder: the loss and sizes, and a digest of all that changes the result."""
     # Only settings that differ from the paper's: a setting added later changes no name.
     values = {name: here for name, _, here in differences(recipe) if name not in _NOT_IN_NAME}

@@ -59,6 +59,12 @@ It is the anchor of P5, the coarsest level with pretrained weights: those of P6 
 are random.
 """
 
+ENOUGH_OBJECTS, ENOUGH_EPOCHS = 2000, 12
+"""Objects of the median class, or else epochs, that a training should see.
+
+12 epochs are the paper's schedule (Sec. 4.1: 90k steps of 16 images of COCO).
+"""
+
 TINY_OBJECT = 8
 """Pixels of the median object at the largest image size, under which tiles are trained on."""
 
@@ -135,6 +141,7 @@ def choose_settings(
     num_val: int = 0,
     on_gpu: bool = False,
     image_size: int | None = None,
+    p2: bool | None = None,
 ) -> list[Choice]:
     """Choose settings from the data; none unless the recipe has ``auto``.
 
@@ -144,10 +151,11 @@ def choose_settings(
         num_val: images of the validation split.
         on_gpu: whether to train on a GPU.
         image_size: the only image size to consider; None: those for the device.
+        p2: whether to have P2; None: as the objects need it.
     """
     if not recipe.auto or not any(image.has_object for image in train.images):
         return []
-    context = _Context(num_val, on_gpu, image_size)
+    context = _Context(num_val, on_gpu, image_size, p2)
     choices: list[Choice] = []
     if not recipe.states("data.tile"):
         choices += _tile(recipe, _Labels.of(train, train), context)
@@ -189,9 +197,31 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"auto": False})
 
 
-def max_image_size(train: Dataset, *, on_gpu: bool = False) -> int:
-    """Return the largest image size that is worth its time for these images or tiles."""
-    return _max_side(_Labels.of(train, train), on_gpu)
+class Need(NamedTuple):
+    """What a training on these images or tiles needs.
+
+    Attributes:
+        images: to train on in all, for :data:`ENOUGH_OBJECTS` or :data:`ENOUGH_EPOCHS`.
+        min_side: image size from which half of the objects are large enough without P2.
+        max_side: image size from which larger images are not worth their time.
+    """
+
+    images: int
+    min_side: int
+    max_side: int
+
+
+def needs(train: Dataset, num_images: int, *, on_gpu: bool = False) -> Need:
+    """Compute what a training on these images or tiles needs, `num_images` of them per epoch."""
+    data = _Labels.of(train, train)
+    counts = Counter(a.label for i in data.sample.images for a in i.annotations if not a.ignored)
+    per_image = float(np.median(list(counts.values()))) / len(data.sample)
+    per_epoch = per_image * sum(image.has_object for image in train.images)
+    images = min(ENOUGH_OBJECTS / per_epoch, ENOUGH_EPOCHS) * num_images
+    max_side = _max_side(data, on_gpu)
+    middle = data.network_side(max_side, round(_ASPECT * max_side), 50) / max_side
+    min_side = math.ceil(8 * MIN_CELLS / middle / 32) * 32
+    return Need(round(images), max(_MIN_LIMIT, min_side), max_side)
 
 
 class _Context(NamedTuple):
@@ -200,6 +230,7 @@ class _Context(NamedTuple):
     num_val: int
     on_gpu: bool
     image_size: int | None
+    p2: bool | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -325,6 +356,8 @@ def _size(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     fixed = any(map(recipe.states, ("model.p2", "anchors.sizes")))
     fixed = fixed or not has_c2(recipe.model.backbone)
     with_p2 = (recipe.model.p2,) if fixed else (False, True)
+    if context.p2 is not None:
+        with_p2 = (context.p2,)
     candidates = []
     for p2 in with_p2:
         for image_size, max_size in sizes:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
 from retinanet.training.optim import short_warmup
+from retinanet.training.settings_from_data import P2_COST
 
 MIN_STEPS = 20
 """A training with fewer steps is meaningless."""
@@ -103,14 +104,16 @@ def plan_training(
     *,
     num_images: int,
     max_side: int,
+    enough_images: int = 0,
+    min_side: int = 0,
     batch_multiple: int = 1,
 ) -> tuple[dict[str, Any], Plan]:
     """Choose the length of a training for a limit and, with ``auto``, its batch and image size.
 
     With less than 400 steps the batch is halved, which keeps the number of images seen, and then
-    images become smaller. With more than 72 epochs they become larger. What the recipe states is
-    kept, and so is the size of tiles. The time of a step is taken as proportional to batch and
-    pixels.
+    images become smaller. With less than `enough_images` P2 is left out, and then images become
+    smaller. With more than 72 epochs they become larger. What the recipe states is kept, and so is
+    the size of tiles. The time of a step is taken as proportional to batch and pixels.
 
     Args:
         recipe: all settings.
@@ -118,6 +121,8 @@ def plan_training(
         elapsed: seconds of the limit that are over.
         num_images: images of an epoch.
         max_side: image size from which larger images are not worth their time.
+        enough_images: to train on in all, repetitions included.
+        min_side: image size from which objects are large enough without P2.
         batch_multiple: of the batch size.
 
     Raises:
@@ -126,7 +131,7 @@ def plan_training(
     limit = recipe.train.time
     assert limit is not None
     seconds = seconds_to_train(limit) - elapsed
-    batch, side = recipe.train.batch_size, recipe.data.image_size
+    batch, side, p2 = recipe.train.batch_size, recipe.data.image_size, recipe.model.p2
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
     fixed_side = (
         not recipe.auto
@@ -139,6 +144,16 @@ def plan_training(
         if not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple):
             batch, pace = half, Pace(pace.step / 2, pace.validation)
         elif not fixed_side and smaller >= _MIN_SIDE:
+            side, pace = smaller, pace.at(smaller / side)
+        else:
+            break
+        plan = plan_steps(seconds, pace)
+    fixed_p2 = not recipe.auto or any(map(recipe.states, ("model.p2", "anchors.sizes")))
+    while plan.steps * batch < enough_images:
+        smaller = next_side(side, 1 / _SIDE_STEP)
+        if p2 and not fixed_p2 and side >= min_side:
+            p2, pace = False, Pace(pace.step / P2_COST, pace.validation / P2_COST)
+        elif not p2 and not fixed_side and min_side <= smaller < side:
             side, pace = smaller, pace.at(smaller / side)
         else:
             break
@@ -166,6 +181,8 @@ def plan_training(
         changes["train.batch_size"] = batch
     if side != recipe.data.image_size:
         changes["data.image_size"] = side
+    if p2 != recipe.model.p2:
+        changes["model.p2"] = p2
     return changes, plan
 
 

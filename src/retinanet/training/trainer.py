@@ -41,7 +41,7 @@ from retinanet.training.run_folder import (
 from retinanet.training.settings_from_data import (
     VALIDATION_COST,
     choose_settings,
-    max_image_size,
+    needs,
     resolved,
     values,
     with_choices_of,
@@ -236,9 +236,11 @@ def _resolve(
             # All processes must make the same plan.
             pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
             lengths = _plan_for_time(timed, pace, elapsed)
-            side = lengths.pop("data.image_size", None)
-            if side is not None:
-                choices = choose(image_size=side)
+            side, p2 = (lengths.pop(name, None) for name in ("data.image_size", "model.p2"))
+            if side is not None or p2 is not None:
+                if not timed.recipe.model.p2:
+                    p2 = False  # smaller images may need it, but the plan has no time for it
+                choices = choose(image_size=side or timed.recipe.data.image_size, p2=p2)
         if choices:
             settings.emit("choices", choices=[asdict(choice) for choice in choices])
         recipe = resolved(recipe.choose(values(choices) | lengths))
@@ -269,20 +271,25 @@ def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
 def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
     """Return the settings with which the training fits into its time limit."""
     recipe, train_set = settings.recipe, settings.train_set
+    num_images = epoch_size(train_set, recipe.data)
+    need = needs(train_set, num_images, on_gpu=settings.accelerator.device.type != "cpu")
     changes, plan = plan_training(
         recipe,
         pace,
         elapsed + seconds_to_tune(recipe, pace.validation),
-        num_images=epoch_size(train_set, recipe.data),
-        max_side=max_image_size(train_set, on_gpu=settings.accelerator.device.type != "cpu"),
+        num_images=num_images,
+        max_side=need.max_side,
+        enough_images=need.images,
+        min_side=need.min_side,
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
     )
     batch = changes.get("train.batch_size", recipe.train.batch_size)
     side = changes.get("data.image_size", recipe.data.image_size)
+    without = " without P2" if changes.get("model.p2") is False else ""
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
-        f"steps of {batch} images of {side} px in {plan.seconds:.0f} s, validated "
+        f"steps of {batch} images of {side} px{without} in {plan.seconds:.0f} s, validated "
         f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
     )
     return changes

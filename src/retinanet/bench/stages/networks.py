@@ -18,6 +18,7 @@ from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Setting
 from retinanet.bench.limits import count_flops, matrix_limit
 from retinanet.bench.samples import (
+    NETWORKS,
     TORCHVISION_CLASSES,
     jpeg,
     normalised,
@@ -68,7 +69,7 @@ def inference(setting: Setting) -> list[Case]:
     small = [setting.pick((64, 96), (192, 256), (384, 512))]
     if setting.device.type == "cpu":
         for name in ("mobilenet_v2", "timm/tf_efficientnet_lite2"):
-            short = _network_name(name)
+            short = NETWORKS[name].title
             cases |= {
                 short: {"backbone": name, "sides": small},
                 f"{short} OpenVINO": {
@@ -86,7 +87,7 @@ def inference(setting: Setting) -> list[Case]:
     for name, changes in cases.items():
         options: dict[str, Any] = {**default, **changes}
         sizes = ", ".join(f"{h} x {w}" for h, w in options["sides"])
-        size = f"{_network_name(options['backbone'])}, {sizes}"
+        size = f"{NETWORKS[options['backbone']].title}, {sizes}"
         result.append(Case(name, size, partial(_inference, setting, **options)))
     return result
 
@@ -97,12 +98,6 @@ def _network_size(setting: Setting) -> tuple[str, int, int]:
         ("resnet18", 96, 128), ("resnet50", 256, 320), ("resnet50", 800, 1088)
     )
     return size
-
-
-def _network_name(backbone: str) -> str:
-    if backbone.startswith("resnet"):
-        return backbone.replace("resnet", "ResNet-")
-    return "MobileNetV2" if backbone == "mobilenet_v2" else "EfficientNet-Lite2"
 
 
 def _inference(
@@ -122,10 +117,7 @@ def _inference(
         .to(device)
         for h, w in sides
     ]
-    # The features of a random small network are small: float32 would round away their differences
-    # beside the prior's bias of -4.6.
-    contrast = 0.3 if backbone.startswith("resnet") else 10.0
-    rival, model = same_networks(backbone, device, contrast=contrast)
+    rival, model = same_networks(backbone, device)
     rival.eval()
     inputs = [normalised(images, model) for images in batches]
     calibration = None
@@ -193,7 +185,7 @@ def compare_outputs(
 def detection(setting: Setting) -> list[Case]:
     """Detect from a JPEG in memory, against Pillow and torchvision's whole model."""
     backbone, height, width = _network_size(setting)
-    size = f"{_network_name(backbone)}, JPEG {width // 2} x {height // 2} to {height} px"
+    size = f"{NETWORKS[backbone].title}, JPEG {width // 2} x {height // 2} to {height} px"
     return [
         Case(precision, size, partial(_detection, setting, precision))
         for precision in ("float32", "auto")
