@@ -164,6 +164,18 @@ def plan_training(
             break
         side, pace = larger, pace.at(larger / side)
         plan = plan_steps(seconds, pace)
+    _check_long_enough(plan, pace, limit, elapsed)
+    changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
+    if not recipe.states("train.validate_every"):
+        changes["train.validate_every"] = float(plan.period)
+    if not recipe.states("train.warmup_steps"):
+        changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
+    chosen = {"train.batch_size": batch, "data.image_size": side, "model.p2": p2}
+    changes |= {name: value for name, value in chosen.items() if value != recipe.value(name)}
+    return changes, plan
+
+
+def _check_long_enough(plan: Plan, pace: Pace, limit: float, elapsed: float) -> None:
     if plan.steps < MIN_STEPS:
         needed = elapsed + MIN_STEPS * pace.step + pace.validation
         least = math.ceil(needed / (1 - 2 * _MARGIN))
@@ -172,18 +184,6 @@ def plan_training(
             f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
             f"least {least}s"
         )
-    changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
-    if not recipe.states("train.validate_every"):
-        changes["train.validate_every"] = float(plan.period)
-    if not recipe.states("train.warmup_steps"):
-        changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
-    if batch != recipe.train.batch_size:
-        changes["train.batch_size"] = batch
-    if side != recipe.data.image_size:
-        changes["data.image_size"] = side
-    if p2 != recipe.model.p2:
-        changes["model.p2"] = p2
-    return changes, plan
 
 
 def next_side(side: int, factor: float) -> int:
