@@ -131,7 +131,7 @@ def test_bins_are_detected_like_deltas(compiled: bool) -> None:
         (lambda: rn.RetinaNet(1, box_bins=-1), "box_bins: Input should be greater than or equal"),
         (lambda: rn.LossSettings(distribution_weight=-1), "distribution_weight"),
         (
-            lambda: rn.load_recipe("quick", ["loss.distribution_weight=0.5"]),
+            lambda: rn.load_recipe("paper_1x", ["loss.distribution_weight=0.5"]),
             "^loss.distribution_weight 0.5 has no effect without bins: set model.box_bins=16",
         ),
         (lambda: rn.load_recipe("quick", ["model.reg_max=16"]), r"did you mean model.box_bins\?"),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from retinanet.cli.console import note, print_json, progress, say, seconds, table
 from retinanet.cli.settings import DeviceOptions, Json, option
 from retinanet.cli.training import describe_metrics, write_report
-from retinanet.data.cpus import usable_cpus
 from retinanet.errors import RetinaNetError
 
 if TYPE_CHECKING:
@@ -122,6 +121,7 @@ def run_demo(
     """
     from retinanet.config import load_recipe
     from retinanet.data import digest
+    from retinanet.data.cpus import usable_cpus
     from retinanet.data.synthetic import synthetic_dataset
     from retinanet.evaluation import Metrics
     from retinanet.paper.plan import Plan, Training, training_name
