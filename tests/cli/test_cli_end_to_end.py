@@ -314,7 +314,7 @@ def test_demo_ends_both_trainings_where_one_fails(
         "without weights": ("model.backbone_weights=default",),
     }
     monkeypatch.setattr("retinanet.cli.demo.LOSSES", losses)
-    monkeypatch.setattr("retinanet.cli.demo.usable_cpus", lambda: 2)
+    monkeypatch.setattr("retinanet.data.cpus.usable_cpus", lambda: 2)
     message = "training with without weights failed: there are no ImageNet weights of resnet10_half"
     with pytest.raises(RetinaNetError, match=message):
         run_demo(tmp_path, {"train": 4, "val": 2}, SMALL[1:], seed=0, device="cpu")
