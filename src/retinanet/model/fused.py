@@ -26,6 +26,8 @@ from retinanet.model.norms import (
     FrozenBatchNorm2d,
     contains_activation,
     only_user,
+    parts_after,
+    same_margins,
     scale_and_shift,
     trace,
 )
@@ -168,14 +170,11 @@ class FusedConv2d(nn.Module):
         if not isinstance(conv.padding, str):
             self.padding = conv.padding
         elif conv.padding == "same":
-            vertical, horizontal = (
-                dilation * (kernel - 1)
-                for dilation, kernel in zip(conv.dilation, conv.kernel_size, strict=True)
-            )
-            self.padding = top, left = vertical // 2, horizontal // 2
-            if vertical % 2 or horizontal % 2:
-                self.padding = (0, 0)
-                self.margins = (left, horizontal - left, top, vertical - top)
+            left, right, top, bottom = same_margins(conv)
+            if (left, top) == (right, bottom):
+                self.padding = (top, left)
+            else:
+                self.margins = (left, right, top, bottom)
         self.activation = activation
         self.shapes_kept: int | None = None
         # By number of threads and input shape, the last used last.
@@ -318,8 +317,7 @@ def _separate_norms(net: nn.Module) -> None:
             for tensor in ("weight", "bias", "running_mean", "running_var"):
                 if (value := getattr(child, tensor)) is not None:
                     getattr(norm, tensor).data = value.data
-            after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-            setattr(parent, name, nn.Sequential(norm, *after).eval())
+            setattr(parent, name, nn.Sequential(norm, *parts_after(child)).eval())
 
 
 def _traced(backbone: Backbone) -> fx.GraphModule | None:

@@ -63,7 +63,28 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
 def contains_activation(module: nn.Module) -> bool:
     """Return True for batch norm with the activation after it, as timm has it."""
-    return isinstance(module, nn.BatchNorm2d) and hasattr(module, "drop") and hasattr(module, "act")
+    return isinstance(module, nn.BatchNorm2d) and len(parts_after(module)) == 2
+
+
+def parts_after(norm: nn.Module) -> list[nn.Module]:
+    """Return what timm's batch norm applies after normalizing: dropout and activation."""
+    return [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
+
+
+def same_margins(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return the zeros of SAME padding at the left, right, top and bottom.
+
+    As torch's "same" has them and, where the sides are multiples of the stride, TensorFlow's SAME:
+    (kernel - 1) * dilation + 1 - stride in all, the odd pixel of it at the right and the bottom.
+    """
+    vertical, horizontal = (
+        max((kernel - 1) * dilation + 1 - stride, 0)
+        for kernel, dilation, stride in zip(
+            conv.kernel_size, conv.dilation, conv.stride, strict=True
+        )
+    )
+    top, left = vertical // 2, horizontal // 2
+    return left, horizontal - left, top, vertical - top
 
 
 class BackboneConv2d(nn.Conv2d):
@@ -72,9 +93,7 @@ class BackboneConv2d(nn.Conv2d):
     Args:
         conv: the convolution whose weights it takes over.
         norm: a batch norm that is applied to this convolution's output only.
-        same_padding: pad as TensorFlow's SAME does where the sides are multiples of the stride:
-            (kernel - 1) * dilation + 1 - stride in all, the odd pixel of it at the right and the
-            bottom.
+        same_padding: pad as TensorFlow's SAME does (:func:`same_margins`).
 
     Attributes:
         margins: zeros added at the left, right, top and bottom before the convolution.
@@ -96,16 +115,7 @@ class BackboneConv2d(nn.Conv2d):
                 conv.padding_mode,
             )
         self.weight, self.bias = conv.weight, conv.bias
-        self.margins: tuple[int, ...] = ()
-        if same_padding:
-            vertical, horizontal = (
-                max((kernel - 1) * dilation + 1 - stride, 0)
-                for kernel, dilation, stride in zip(
-                    conv.kernel_size, conv.dilation, conv.stride, strict=True
-                )
-            )
-            top, left = vertical // 2, horizontal // 2
-            self.margins = (left, horizontal - left, top, vertical - top)
+        self.margins: tuple[int, ...] = same_margins(conv) if same_padding else ()
         # In a tuple, so that the norm is not a child of this module: names of weights stay.
         self.norms = () if norm is None else (norm,)
         if norm is not None:
@@ -217,6 +227,6 @@ def replace_batch_norm(net: nn.Module, norm_layer: NormLayer) -> None:
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, _BatchNorm):
-                after = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+                after = parts_after(child)
                 group = norm_layer(child.num_features)
                 setattr(module, name, nn.Sequential(group, *after) if after else group)
