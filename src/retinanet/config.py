@@ -70,6 +70,7 @@ _OTHER_NAMES = {
     "data.close_augmentation": ("close_mosaic", "no_aug_epochs", "num_last_epochs"),
     "data.rotation": ("degrees", "rotate", "max_rotate_degree"),
     "data.rotate90": ("rot90", "random_rotate90"),
+    "data.aspect_ratio_grouping": ("aspect_grouping", "aspect_ratio_group_factor", "rect"),
     "data.shear": ("max_shear_degree",),
     "data.translate": ("max_translate_ratio", "shift"),
     "data.erase": ("erasing", "random_erasing", "cutout"),
@@ -340,6 +341,7 @@ class DataConfig(_Section):
     close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
     transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
+    aspect_ratio_grouping: bool = True  # images of a step of similar height / width (Detectron)
     order: Literal["images", "shards"] = "images"  # shards: a few at a time, for slow disks
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images

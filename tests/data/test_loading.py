@@ -435,3 +435,69 @@ def test_any_corner_moves_images_and_boxes_together(dataset: Dataset) -> None:
             torch.testing.assert_close(moved.targets.boxes[i][real], expected)
             corners.add((top > 0, left > 0))
     assert corners == {(False, False), (False, True), (True, False), (True, True)}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Nine landscape and seven portrait images, whose sizes the labels state."""
+    sizes = [(40, 60) if i % 2 == 0 or i == 1 else (60, 40) for i in range(16)]
+    dataset = make_dataset(tmp_path_factory.mktemp("mixed"), sizes)
+    images = tuple(
+        dataclasses.replace(image, height=height, width=width)
+        for image, (height, width) in zip(dataset.images, sizes, strict=True)
+    )
+    return dataclasses.replace(dataset, images=images)
+
+
+def orientations(batches: Iterable[Batch]) -> list[int]:
+    """The number of orientations in each batch."""
+    return [len({bool(h < w) for h, w in batch.sizes.tolist()}) for batch in batches]
+
+
+PLAIN_64: dict[str, Any] = {"seed": 3, "image_size": 64, "max_size": 96}
+
+
+def test_steps_have_images_of_similar_aspect_ratio(mixed: Dataset) -> None:
+    batches = list(train_loader(mixed, batch_size=4, steps=12, **PLAIN_64))
+    stream = [index for batch in batches for index in batch.indices.tolist()]
+    epochs = [stream[i : i + 16] for i in range(0, 48, 16)]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    # Of 9 and 7 images in batches of 4, one batch per epoch has both.
+    assert orientations(batches).count(2) == 3
+    companions = [{*batch.indices.tolist()} for batch in batches if 0 in batch.indices.tolist()]
+    assert len(set.union(*companions)) > 4  # with others in each epoch
+    ungrouped = train_loader(mixed, batch_size=4, steps=12, aspect_ratio_grouping=False, **PLAIN_64)
+    assert orientations(ungrouped).count(2) > 6
+
+
+def test_grouped_steps_where_epochs_do_not_end_with_a_batch(mixed: Dataset) -> None:
+    batches = list(train_loader(mixed, batch_size=3, steps=32, **PLAIN_64))
+    stream = [index for batch in batches for index in batch.indices.tolist()]
+    epochs = [stream[i : i + 16] for i in range(0, 96, 16)]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    # At most one batch on the border between the orientations, and one between two epochs.
+    assert orientations(batches).count(2) <= 6 + 5
+    assert_same(train_loader(mixed, batch_size=3, steps=32, start_step=9, **PLAIN_64), batches[9:])
+    ranks = [
+        list(train_loader(mixed, batch_size=1, steps=32, rank=r, world_size=3, **PLAIN_64))
+        for r in range(3)
+    ]
+    for batch, *parts in zip(batches, *ranks, strict=True):
+        assert batch.indices.tolist() == [int(part.indices[0]) for part in parts]
+
+
+def test_batch_larger_than_the_data(mixed: Dataset) -> None:
+    (batch, _) = train_loader(mixed, batch_size=40, steps=2, **PLAIN_64)
+    assert Counter(batch.indices.tolist()).keys() == set(range(16))
+
+
+def test_quarter_turns_keep_the_images_of_a_step_alike(mixed: Dataset) -> None:
+    landscape = dataclasses.replace(
+        mixed, images=tuple(image for image in mixed.images if image.width > image.height)
+    )
+    options = PLAIN_64 | {"rotate90": True}
+    batches = list(train_loader(landscape, batch_size=4, steps=16, **options))
+    assert orientations(batches) == [1] * 16
+    turned = sum(bool(batch.sizes[0, 0] > batch.sizes[0, 1]) for batch in batches)
+    assert 3 < turned < 13

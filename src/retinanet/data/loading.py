@@ -6,6 +6,8 @@ rank r takes its own B. Every choice is drawn from (seed, epoch, image) or (seed
 depends neither on the step at which the loader was started nor on the number of workers, and the
 images of a step do not depend on how many processes share them. With ``data.balance`` the images
 of an epoch are drawn from (seed, epoch), rare classes more often (:mod:`retinanet.data.balance`).
+With ``data.aspect_ratio_grouping`` a step has images of similar height / width, which need little
+padding; its steps are shuffled like images otherwise.
 The images that a mosaic, copy-paste or mixup adds to an image (:mod:`retinanet.data.augment`) are
 drawn from its epoch, by its generator.
 
@@ -50,6 +52,7 @@ from retinanet.data.balance import RepeatFactors, balance
 from retinanet.data.cache import ImageCache, build_cache, file_numbers
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
+from retinanet.data.image_files import network_size
 from retinanet.data.images import pad_batch, read_image, read_reduced
 from retinanet.data.transforms import Transform
 from retinanet.data.windows import Window, read_window
@@ -217,6 +220,8 @@ def train_loader(
             With the order ``shards`` the shards are shuffled, and the images of ``shard_window``
             shards at a time are shuffled together.
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
+            With ``aspect_ratio_grouping`` the images of a step have similar aspect ratios, and with
+            ``rotate90`` all or none of them are turned by 90 or 270 degrees.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
         steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run. The
@@ -248,6 +253,7 @@ def train_loader(
         world_size,
         tuple(fill),
         shards,
+        _padded_ratios(dataset, config) if config.aspect_ratio_grouping else None,
         balance(dataset, config),
         user_transform(config, len(dataset.classes)),
         end,
@@ -394,6 +400,7 @@ class _TrainBatches(TorchDataset[Any]):
     world_size: int
     fill: tuple[float, ...]
     shards: Tensor | None
+    ratios: Tensor | None
     repeats: RepeatFactors | None
     function: UserTransform | None
     end: Tensor
@@ -404,13 +411,16 @@ class _TrainBatches(TorchDataset[Any]):
         if config.multi_scale:
             shorter = random.Random(f"{self.seed} side {step}").choice(config.multi_scale)
             longest = round(longest * shorter / config.image_size)
+        turns = (0,)
+        if config.rotate90:  # the parity is the step's, as landscape and portrait pad each other
+            turns = random.Random(f"{self.seed} turns {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
             max_size=longest,
             horizontal_flip=config.horizontal_flip,
             vertical_flip=config.vertical_flip,
             scale_jitter=config.scale_jitter,
             crop=config.crop,
-            rotate90=config.rotate90,
+            turns=turns,
             rotation=config.rotation,
             shear=config.shear,
             translate=config.translate,
@@ -488,9 +498,16 @@ class _TrainBatches(TorchDataset[Any]):
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
         epoch, position = divmod(position, self._epoch_size)
-        window = self.config.shard_window
-        order = _order(self.seed, epoch, len(self.images), self.shards, window, self.repeats)
-        index = order[position]
+        index = _order(
+            self.seed,
+            epoch,
+            self._epoch_size,
+            self.shards,
+            self.config.shard_window,
+            self.ratios,
+            self.batch_size * self.world_size,
+            self.repeats,
+        )[position]
         # The repetitions of an image in an epoch are augmented differently.
         repetition = "" if self.repeats is None else f" {position}"
         return index, random.Random(f"{self.seed} image {epoch} {index}{repetition}")
@@ -538,24 +555,66 @@ def _order(
     count: int,
     shards: Tensor | None,
     window: int,
+    ratios: Tensor | None,
+    batch_size: int,
     repeats: RepeatFactors | None,
 ) -> Sequence[int]:
-    """Return the images of an epoch in order; random.Random gives the same on every platform."""
+    """Return the `count` images of an epoch in order.
+
+    random.Random gives the same on every platform.
+    """
     draw = random.Random(f"{seed} epoch {epoch}")
+
+    def shuffle(images: list[int], start: int) -> list[int]:
+        """Shuffle images whose first is at position `start` of the epoch."""
+        draw.shuffle(images)
+        if ratios is None:
+            return images
+        first = -(epoch * count + start) % batch_size
+        return _group(images, ratios, first, batch_size, draw)
+
     if shards is None:
-        order = list(range(count)) if repeats is None else repeats.draw(draw)
-        draw.shuffle(order)
-        return order
+        return shuffle(list(range(count)) if repeats is None else repeats.draw(draw), 0)
     by_shard: list[list[int]] = [[] for _ in range(int(shards.max()) + 1)]
     for image, shard in enumerate(shards.tolist()):
         by_shard[shard].append(image)
     draw.shuffle(by_shard)
-    order = []
+    order: list[int] = []
     for first in range(0, len(by_shard), window):
-        images = list(chain.from_iterable(by_shard[first : first + window]))
-        draw.shuffle(images)
-        order += images
+        order += shuffle(list(chain.from_iterable(by_shard[first : first + window])), len(order))
     return order
+
+
+def _group(
+    images: list[int], ratios: Tensor, first: int, batch_size: int, draw: random.Random
+) -> list[int]:
+    """Reorder shuffled images so that those of a batch have similar aspect ratios.
+
+    The first batch begins at position `first`; parts of batches before and after whole ones keep
+    their images, which are drawn from all.
+    """
+    last = max(first, len(images) - (len(images) - first) % batch_size)
+    whole = torch.tensor(images[first:last], dtype=torch.int64)
+    whole = whole[ratios[whole].argsort(stable=True)]
+    batches = [batch.tolist() for batch in whole.split(batch_size)]
+    draw.shuffle(batches)
+    return [*images[:first], *chain.from_iterable(batches), *images[last:]]
+
+
+def _padded_ratios(dataset: Dataset, config: DataConfig) -> Tensor:
+    """Return the aspect ratio of each image, padded on its own; 1 where its size is unknown.
+
+    Images of one padded size have one ratio, so that they meet in every combination.
+    """
+
+    def ratio(image: LabelledImage) -> float:
+        if not image.height or not image.width:
+            return 1.0
+        size = network_size(image.height, image.width, config.image_size, config.max_size)
+        height, width = (-(-side // DIVISOR) for side in size)
+        return height / width
+
+    return torch.tensor([ratio(image) for image in dataset.images])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
