@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,8 @@ def test_missing_extra_is_named(
     model: RetinaNet, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
+    converted = SimpleNamespace(outputs=())
+    monkeypatch.setattr(openvino_backend, "convert", lambda model: converted)
     with pytest.raises(
         MissingExtraError, match=rf"{missing} is not installed.*retinanet\[openvino"
     ):
