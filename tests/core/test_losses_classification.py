@@ -93,6 +93,27 @@ def in_numpy(
 # --- the paper's claims ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("p_t", "times", "tolerance"), [(0.9, 100, 1e-4), (0.968, 1000, 0.03)])
+def test_easy_examples_cost_less(p_t: float, times: float, tolerance: float) -> None:
+    """Sec. 3.2: with gamma 2, 100 times less at p_t = .9 and 1000 times at about .968."""
+    for label, score in ((0, p_t), (BACKGROUND, 1 - p_t)):
+        logit = torch.tensor([[score]], dtype=torch.float64).logit()
+        labels = torch.tensor([label])
+        ratio = cross_entropy(logit, labels) / focal_loss(logit, labels, alpha=None, gamma=2.0)
+        assert float(ratio) == pytest.approx(times, rel=tolerance)
+
+
+def test_hard_examples_cost_at_most_four_times_less() -> None:
+    """Sec. 3.2: for p_t <= .5 and gamma 2 the loss is scaled down by at most 4 times."""
+    logits = torch.linspace(-30, 0, 301, dtype=torch.float64)[:, None]
+    labels = torch.zeros(301, dtype=torch.int64)
+    ratio = cross_entropy(logits, labels, reduction="none") / focal_loss(
+        logits, labels, alpha=None, reduction="none"
+    )
+    assert float(ratio.max()) == pytest.approx(4)
+    assert float(ratio.min()) >= 1
+
+
 @pytest.mark.parametrize("logit", [0.0, -4.595, 1.3, 0.7])
 def test_sum_error_does_not_grow_with_number_of_elements(logit: float) -> None:
     """The docstring's bound. Equal elements are the worst case: all roundings go the same way."""
