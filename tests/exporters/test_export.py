@@ -25,7 +25,7 @@ from retinanet.exporters.run import SUFFIXES, calibration_inputs, export
 from retinanet.exporters.validate import TOLERANCES, Tolerance, compare, match, validate_file
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
-from retinanet.model.fpn import FeaturePyramid
+from retinanet.model.heads import FeaturePyramid
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 from tiny_backbone import tiny_network

@@ -18,11 +18,11 @@ from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results
-from retinanet.inference.backends import Network, detections_of, output_anchors
+from retinanet.inference.backends import Network, detections_of, map_network
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
-from retinanet.inference.parallel import map_network
 from retinanet.losses.detection import detection_losses
+from retinanet.model.retinanet import output_anchors
 from retinanet.postprocess import mirror_images
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
 

@@ -26,10 +26,10 @@ from retinanet.inference.backends import (
     Thresholds,
     merge_thresholds,
     network_settings,
+    network_workers,
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
-from retinanet.inference.parallel import network_workers
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
 

@@ -33,15 +33,11 @@ from retinanet.evaluation.run import (
     read_eval_dataset,
     run_options,
 )
-from retinanet.inference.backends import (
-    Network,
-    network_settings,
-    output_anchors,
-    to_original,
-)
+from retinanet.inference.backends import Network, network_settings, to_original
 from retinanet.inference.detector import Detector
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, update_info
+from retinanet.model.retinanet import output_anchors
 from retinanet.postprocess import (
     Candidates,
     calibrate_scores,

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
@@ -20,7 +19,7 @@ from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
 from retinanet.data.selection import labels_of
-from retinanet.errors import ConfigError, DataError, ImageError, MissingExtraError, WeightsError
+from retinanet.errors import ConfigError, DataError, ImageError, WeightsError, import_extra
 from retinanet.exporters.graph import export_program
 from retinanet.exporters.validate import TOLERANCES, ExportReport, parts_of, spread, validate_file
 from retinanet.files import write_atomic
@@ -181,10 +180,7 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
     if images < 1:
         raise ConfigError(f"images must be 1 or more, got {images}")
     for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
-        try:
-            import_module(package)
-        except ImportError:
-            raise MissingExtraError(package, extra) from None
+        import_extra(package, extra)
 
 
 def _check_detector(detector: Detector, to: str, form: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
 from retinanet.data.image_files import network_size
-from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.errors import ConfigError, MissingExtraError, WeightsError, import_extra
 from retinanet.inference.backends import (
     Thresholds,
     group_by,
@@ -296,10 +296,7 @@ class ExportedNetwork:
 
 
 def _onnx_session(path: Path, providers: list[Any], *, optimize: bool) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx") from None
+    onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

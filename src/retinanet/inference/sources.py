@@ -94,6 +94,21 @@ class Source:
         return Failure(path, " ".join(reason.split()), error)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image at the network's size.
+
+    Attributes:
+        pixels: (3, h, w) uint8 RGB, resized for the network.
+        size: (height, width) of the original image, pixels.
+        original: (3, height, width) uint8 RGB, where it was read at full size and is to be kept.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    original: Tensor | None = None
+
+
 def is_url(given: Any) -> bool:
     """Return whether `given` is an http:// or https:// address."""
     return isinstance(given, str) and given.lower().startswith(("http://", "https://"))

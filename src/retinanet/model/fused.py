@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.model.backbone import Backbone
 from retinanet.model.heads import Head
+from retinanet.model.networks import Backbone
 from retinanet.model.norms import (
     BackboneConv2d,
     FrozenBatchNorm2d,

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.model.blocks import NormLayer
+from retinanet.model.networks import NormLayer
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector, ImageDetections, Source
-from retinanet.inference.detector import Prepared
+from retinanet.inference.backends import network_workers, use_cores
 from retinanet.inference.exported import ExportedNetwork
-from retinanet.inference.parallel import network_workers, use_cores
+from retinanet.inference.sources import Prepared
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.settings import Settings
