@@ -265,6 +265,7 @@ def detect_batch(
     *,
     selected: Sequence[int] | None = None,
     flip_tta: bool = False,
+    on_outputs: Callable[[Outputs], None] | None = None,
     **settings: Unpack[PostprocessSettings],
 ) -> list[Detections]:
     """Detect the objects in a batch.
@@ -276,42 +277,22 @@ def detect_batch(
         original_sizes: (B, 2) height and width of each image before resizing.
         selected: labels to detect; None: all.
         flip_tta: run the network on the mirrored images too.
+        on_outputs: called with the outputs for `images`, before they are post-processed.
         settings: those that differ from the defaults.
 
     Returns:
         For each image its detections, in pixels of the original image and clipped to it.
     """
     outputs = network(images)
-    mirrored = network(mirror_images(images, sizes)) if flip_tta else None
-    return detections_of(
-        network.model,
-        outputs,
-        sizes,
-        original_sizes,
-        selected=selected,
-        mirrored=mirrored,
-        **settings,
-    )
-
-
-def detections_of(
-    model: RetinaNet,
-    outputs: Outputs,
-    sizes: Tensor,
-    original_sizes: Tensor,
-    *,
-    selected: Sequence[int] | None = None,
-    mirrored: Outputs | None = None,
-    **settings: Unpack[PostprocessSettings],
-) -> list[Detections]:
-    """Post-process outputs that are already computed; otherwise as :func:`detect_batch`."""
+    if on_outputs is not None:
+        on_outputs(outputs)
     found = postprocess(
         outputs,
-        output_anchors(model, outputs),
+        output_anchors(network.model, outputs),
         sizes,
-        num_classes=model.num_classes,
+        num_classes=network.model.num_classes,
         selected=selected,
-        mirrored=mirrored,
+        mirrored=network(mirror_images(images, sizes)) if flip_tta else None,
         **settings,
     )
     return [

@@ -139,7 +139,8 @@ def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torc
     if device.type == "cpu":
         return device
     if file.target == "onnx" and device.type == "cuda":
-        if _onnx_has_cuda():
+        onnxruntime = import_extra("onnxruntime", "onnx")
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             return device
         problem = "this onnxruntime runs {} on the CPU alone, the device is {}: "
         remedy = "pip install onnxruntime-gpu, or give --device cpu"
@@ -308,12 +309,6 @@ def _onnx_session(path: Path, providers: list[Any], *, optimize: bool) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # own types and RuntimeError for a damaged file
         _reject(path, f"it cannot be read as ONNX: {error}")
-
-
-def _onnx_has_cuda() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _onnx_text(path: Path) -> str:

@@ -350,15 +350,10 @@ def _file_of(source: Source | Failure) -> str | None:
 
 
 def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure]:
-    kept: list[Source | Failure] = []
-    seen: set[str] = set()
+    first: dict[str | int, Source | Failure] = {}
     for source in found:
-        file = _file_of(source)
-        if file is None or file not in seen:
-            kept.append(source)
-        if file is not None:
-            seen.add(file)
-    return kept
+        first.setdefault(_file_of(source) or id(source), source)
+    return list(first.values())
 
 
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:
