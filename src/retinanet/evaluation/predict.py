@@ -51,19 +51,13 @@ class Predictions:
     loss_box: float | None = None
     detections_per_image: int | None = None
 
-    @property
-    def loss(self) -> float | None:
-        """The sum of both losses; None: not computed."""
-        if self.loss_classification is None or self.loss_box is None:
-            return None
-        return self.loss_classification + self.loss_box
-
     def evaluate(self, **options: Any) -> Metrics:
         """Compute the metrics; options as for :func:`evaluate_detections`."""
+        classification, box = self.loss_classification, self.loss_box
         options = {"detections_per_image": self.detections_per_image, **options}
         return replace(
             evaluate_detections(self.results.dataset, self.results, **options),
-            loss=self.loss,
+            loss=None if classification is None or box is None else classification + box,
             loss_classification=self.loss_classification,
             loss_box=self.loss_box,
             images_per_second=self.images_per_second,

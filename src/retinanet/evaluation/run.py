@@ -44,14 +44,10 @@ class RunOptions(TypedDict, total=False):
     progress: Progress | None
 
 
-class DetectorOptions(LoadOptions, total=False):
-    """Options of :class:`~retinanet.inference.detector.Detector`."""
+class EvaluationOptions(LoadOptions, RunOptions, total=False):
+    """Options of :class:`~retinanet.inference.detector.Detector` and of running it."""
 
     device: Any
-
-
-class EvaluationOptions(DetectorOptions, RunOptions, total=False):
-    """Options of a detector and of running it."""
 
 
 def run_options(options: Mapping[str, Any]) -> RunOptions:

@@ -328,7 +328,8 @@ class Detector:
         found: dict[int, Detections] = {}
         # Padding affects the features: padded to the largest image of a batch, the scores of an
         # image would depend on the others.
-        for indices in group_by(images, _padded_size):
+        divisor = RetinaNet.size_divisor
+        for indices in group_by(images, lambda x: tuple(-(-side // divisor) for side in _sides(x))):
             batch, sizes = pad_batch([images[i] for i in indices], fill=self._fill)
             original_sizes = torch.tensor([prepared[i].size for i in indices])
             results = detect_batch(
@@ -496,12 +497,6 @@ def _batches(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
 
 def _sides(pixels: Tensor) -> tuple[int, int]:
     return pixels.shape[-2], pixels.shape[-1]
-
-
-def _padded_size(pixels: Tensor) -> tuple[int, ...]:
-    """Return height and width padded to multiples of the network's divisor."""
-    divisor = RetinaNet.size_divisor
-    return tuple(-(-side // divisor) * divisor for side in _sides(pixels))
 
 
 def _sizes(

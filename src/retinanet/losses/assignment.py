@@ -89,14 +89,7 @@ def assign_anchors(
     all_anchors = torch.cat(list(anchors))
     soft = settings.classification in QUALITY_LOSSES
     if settings.assignment == "iou":
-        matches = match_anchors(
-            all_anchors,
-            targets,
-            foreground_iou=settings.foreground_iou,
-            background_iou=settings.background_iou,
-            low_quality_matches=settings.low_quality_matches,
-        )
-        scores = None
+        matches, scores = match_by_iou(all_anchors, targets, settings), None
     elif is_own(settings.assignment):
         matches, scores = own.match(settings.assignment, all_anchors, targets, outputs), None
         # The user's function may match ignored regions and padding like objects.
@@ -130,6 +123,17 @@ def assign_anchors(
     if settings.assignment != "task_aligned":
         scores = _predicted_iou(outputs, all_anchors, targets, matches)
     return Assignment(matches, scores)
+
+
+def match_by_iou(anchors: Tensor, targets: Targets, settings: LossSettings) -> Tensor:
+    """Match anchors (R, 4) by the thresholds of the settings: (B, R)."""
+    return match_anchors(
+        anchors,
+        targets,
+        foreground_iou=settings.foreground_iou,
+        background_iou=settings.background_iou,
+        low_quality_matches=settings.low_quality_matches,
+    )
 
 
 class _Objects(NamedTuple):

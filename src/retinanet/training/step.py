@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings, TrainConfig
 from retinanet.errors import ConfigError
+from retinanet.losses.assignment import match_by_iou
 from retinanet.losses.detection import Losses, detection_losses
-from retinanet.matching import match_anchors
 from retinanet.model.precision import DTYPES
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
@@ -250,14 +250,7 @@ def _world_foreground(
         accumulate = 1
     elif accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch needs the count of all, so they are matched beforehand as well.
-        matches = match_anchors(
-            torch.cat(anchors),
-            targets,
-            foreground_iou=settings.foreground_iou,
-            background_iou=settings.background_iou,
-            low_quality_matches=settings.low_quality_matches,
-        )
-        whole = (matches >= 0).sum()
+        whole = (match_by_iou(torch.cat(anchors), targets, settings) >= 0).sum()
 
     def share(count: Tensor) -> Tensor:
         own = count if whole is None else whole
