@@ -242,19 +242,14 @@ def _convolution_before(output: Any) -> str:
     return str(node.get_friendly_name())
 
 
-@contextlib.contextmanager
-def any_size() -> Iterator[None]:
+def any_size() -> contextlib.AbstractContextManager[object]:
     """Keep torch.export from concluding from the example that a map is larger than one cell."""
     name = "backed_size_oblivious"  # private: a torch without it does not need it
-    before = getattr(fx_config, name, None)
-    if before is None:
-        yield
-        return
-    setattr(fx_config, name, True)
-    try:
-        yield
-    finally:
-        setattr(fx_config, name, before)
+    config: Any = fx_config
+    if not hasattr(config, name):
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = config.patch(name, True)
+    return patched
 
 
 @contextlib.contextmanager

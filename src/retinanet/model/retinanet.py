@@ -130,10 +130,10 @@ class RetinaNet(nn.Module):
             start_at_anchors(self.box_head, spec.box_bins)
         self.set_pixel_statistics()
 
-    def set_pixel_statistics(self, device: torch.device | str = "cpu") -> None:
-        """Create pixel_mean and pixel_std on `device` from the spec."""
+    def set_pixel_statistics(self) -> None:
+        """Create pixel_mean and pixel_std on the CPU from the spec."""
         for name in ("pixel_mean", "pixel_std"):
-            values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device=device)
+            values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device="cpu")
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, targets: None = None) -> Outputs:

@@ -86,11 +86,6 @@ class Batcher:
         alive = bool(self._workers) and all(worker.is_alive() for worker in self._workers)
         return alive and not self._stopping
 
-    @property
-    def num_decoded(self) -> int:
-        """Number of decoded images that wait for a network."""
-        return len(self._decoded)
-
     def seconds_per_image(self, model: str) -> float | None:
         """Return the median network time over recent images; None before the first image."""
         recent = list(self._seconds[model])
