@@ -84,7 +84,7 @@ def copy_instead_of_converting(onnx_file: Path, patch: pytest.MonkeyPatch) -> No
         shutil.copy(onnx_file, file)
 
     patch.setattr("retinanet.exporters.run.export_program", lambda *_: None)
-    patch.setattr("retinanet.exporters.onnx.write_onnx", copy_onnx)
+    patch.setattr("retinanet.exporters.run.write_onnx", copy_onnx)
 
 
 @pytest.mark.parametrize("name", ["onnx", "raw", "openvino", "torch"])

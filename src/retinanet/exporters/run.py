@@ -19,7 +19,9 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
 from retinanet.data.selection import labels_of
 from retinanet.errors import ConfigError, DataError, ImageError, WeightsError, import_extra
-from retinanet.exporters.graph import export_program
+from retinanet.exporters.graph import export_program, write_torch
+from retinanet.exporters.onnx import write_onnx
+from retinanet.exporters.openvino import write_openvino
 from retinanet.exporters.validate import TOLERANCES, ExportReport, parts_of, spread, validate_file
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Thresholds
@@ -121,16 +123,10 @@ def export(
         program = export_program(detector, to, form)
         progress("compiling, which takes minutes" if to == "aotinductor" else "writing the file")
         if to in ("torch", "aotinductor"):
-            from retinanet.exporters.torch import write_torch
-
             write_torch(program, draft, text, compiled=to == "aotinductor")
         else:
-            from retinanet.exporters.onnx import write_onnx
-
             write_onnx(program, draft.with_suffix(".onnx"), text)
         if to == "openvino":
-            from retinanet.exporters.openvino import write_openvino
-
             calibration = calibration_inputs(detector, calibrate) if precision == "int8" else None
             write_openvino(draft, text, precision, calibration)
     progress("comparing with the network")

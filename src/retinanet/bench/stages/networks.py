@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from retinanet.anchors import feature_sizes, level_anchors
-from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Setting
+from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Setting, count
 from retinanet.bench.limits import count_flops, matrix_limit
 from retinanet.bench.samples import (
     NETWORKS,
@@ -28,7 +28,6 @@ from retinanet.bench.samples import (
     same_networks,
     torchvision_outputs,
 )
-from retinanet.bench.tables import count
 from retinanet.config import LossSettings, TrainConfig
 from retinanet.inference.backends import build_network
 from retinanet.inference.detections import ImageDetections
