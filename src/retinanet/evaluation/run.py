@@ -44,10 +44,14 @@ class RunOptions(TypedDict, total=False):
     progress: Progress | None
 
 
-class EvaluationOptions(LoadOptions, RunOptions, total=False):
-    """Options of :class:`~retinanet.inference.detector.Detector` and of running it."""
+class DetectorOptions(LoadOptions, total=False):
+    """Options of :class:`~retinanet.inference.detector.Detector`."""
 
     device: Any
+
+
+class EvaluationOptions(DetectorOptions, RunOptions, total=False):
+    """Options of a detector and of running it."""
 
 
 def run_options(options: Mapping[str, Any]) -> RunOptions:

@@ -28,7 +28,6 @@ from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
 from retinanet.paper import figures
 from retinanet.paper.claims import collect_results, evaluate_loss_shares
-from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import Plan, Settings, Training, common_differences, size_changes
 from retinanet.paper.results import (
     CLAIM_COLUMNS,
@@ -41,7 +40,7 @@ from retinanet.paper.results import (
 )
 from retinanet.paper.rivals import load_rival
 from retinanet.paper.run import Results, Workers
-from retinanet.paper.tables import EXPERIMENTS, STAR_BETAS, STAR_GAMMAS
+from retinanet.paper.tables import EXPERIMENTS, STAR_BETAS, STAR_GAMMAS, Experiment
 from retinanet.report import paper_plots
 from retinanet.report.figure import Files
 from retinanet.report.html import Page

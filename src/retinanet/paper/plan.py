@@ -22,9 +22,8 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, DataError
 from retinanet.model.retinanet import build_retinanet
-from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.rivals import build_rival
-from retinanet.paper.tables import EXPERIMENTS
+from retinanet.paper.tables import EXPERIMENTS, Depth, Experiment, Row
 from retinanet.training.data import recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
