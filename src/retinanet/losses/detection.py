@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -253,21 +253,7 @@ def box_loss(
     predicted = decode_boxes(bounded, anchors)
     if is_own(kind):
         return own.box_loss(kind, predicted, boxes)
-    pair = _compare(predicted, boxes)
-    if kind == "giou":
-        # 1 - IoU + the share of the enclosing box that neither box fills
-        enclosing = pair.width * pair.height
-        return 1 - (pair.iou - (enclosing - pair.union) / (enclosing + _EPSILON))
-    # 1 - IoU + the squared distance of the centres relative to the enclosing box's diagonal
-    centres = [(corners[:, :2] + corners[:, 2:]) / 2 for corners in (predicted, boxes)]
-    distance = ((centres[0] - centres[1]) ** 2).sum(dim=1)
-    diou = 1 - pair.iou + distance / (pair.width**2 + pair.height**2 + _EPSILON)
-    if kind == "diou":
-        return diou
-    # + the squared difference of the aspect ratios' angles, weighted
-    difference = 4 / math.pi**2 * (_angle(boxes) - _angle(predicted)) ** 2
-    weight = (difference / (1 - pair.iou + difference + _EPSILON)).detach()
-    return diou + weight * difference
+    return _overlap_loss(kind, predicted, boxes)
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
@@ -470,27 +456,29 @@ def _check_levels(
             )
 
 
-class _Pair(NamedTuple):
-    """Comparison of two lists of boxes (N, 4): all (N,); sides are the enclosing box's."""
-
-    iou: Tensor
-    union: Tensor
-    width: Tensor
-    height: Tensor
-
-
-def _compare(first: Tensor, second: Tensor) -> _Pair:
-    larger, smaller = torch.maximum(first, second), torch.minimum(first, second)
+def _overlap_loss(kind: str, predicted: Tensor, boxes: Tensor) -> Tensor:
+    """Compute ``giou``, ``diou`` or ``ciou`` of boxes (N, 4): (N,)."""
+    larger, smaller = torch.maximum(predicted, boxes), torch.minimum(predicted, boxes)
     sides = smaller[:, 2:] - larger[:, :2]
     overlap = torch.where((sides > 0).all(dim=1), sides[:, 0] * sides[:, 1], 0)
     # (torch's prod would search for zeros in its backward pass.)
-    sizes = [boxes[:, 2:] - boxes[:, :2] for boxes in (first, second)]
+    sizes = [corners[:, 2:] - corners[:, :2] for corners in (predicted, boxes)]
     areas = [size[:, 0] * size[:, 1] for size in sizes]
     union = areas[0] + areas[1] - overlap
-    width, height = (larger[:, 2:] - smaller[:, :2]).unbind(dim=1)
-    return _Pair(overlap / (union + _EPSILON), union, width, height)
-
-
-def _angle(boxes: Tensor) -> Tensor:
-    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(dim=1)
-    return torch.atan(width / height)
+    iou = overlap / (union + _EPSILON)
+    width, height = (larger[:, 2:] - smaller[:, :2]).unbind(dim=1)  # of the enclosing box
+    if kind == "giou":
+        # 1 - IoU + the share of the enclosing box that neither box fills
+        enclosing = width * height
+        return 1 - (iou - (enclosing - union) / (enclosing + _EPSILON))
+    # 1 - IoU + the squared distance of the centres relative to the enclosing box's diagonal
+    centres = [(corners[:, :2] + corners[:, 2:]) / 2 for corners in (predicted, boxes)]
+    distance = ((centres[0] - centres[1]) ** 2).sum(dim=1)
+    diou = 1 - iou + distance / (width**2 + height**2 + _EPSILON)
+    if kind == "diou":
+        return diou
+    # + the squared difference of the aspect ratios' angles, weighted
+    angles = [torch.atan(size[:, 0] / size[:, 1]) for size in sizes]
+    difference = 4 / math.pi**2 * (angles[1] - angles[0]) ** 2
+    weight = (difference / (1 - iou + difference + _EPSILON)).detach()
+    return diou + weight * difference
