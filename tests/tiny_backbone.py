@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from retinanet.anchors import anchor_spec
-from retinanet.model.backbone import BACKBONES, Backbone
-from retinanet.model.fpn import FeaturePyramid
+from retinanet.model.backbone import BACKBONES
+from retinanet.model.heads import FeaturePyramid
+from retinanet.model.networks import Backbone
 from retinanet.model.retinanet import RetinaNet
 
 

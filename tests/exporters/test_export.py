@@ -24,7 +24,7 @@ from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
-from tiny_backbone import QUICK_COMPILE, two_level_network
+from tiny_backbone import QUICK_COMPILE, tiny_network, two_level_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -46,7 +46,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def of_bins(checkpoint: Checkpoint) -> Checkpoint:
     """Another network, of box distributions: the one of the form ``raw``."""
-    model = two_level_network(3, spread=True, norm="frozen", box_bins=8)
+    model = tiny_network(3, spread=True, norm="frozen", box_bins=8)
     model.class_head.load_state_dict(checkpoint.model.class_head.state_dict())
     return replace(checkpoint, model=model)
 
@@ -100,7 +100,7 @@ def copy_instead_of_converting(onnx_file: Path, patch: pytest.MonkeyPatch) -> No
         shutil.copy(onnx_file, file)
 
     patch.setattr("retinanet.exporters.run.export_program", lambda *_: None)
-    patch.setattr("retinanet.exporters.onnx.write_onnx", copy_onnx)
+    patch.setattr("retinanet.exporters.run.write_onnx", copy_onnx)
 
 
 @pytest.mark.parametrize("name", ["onnx", "raw", "openvino", "torch"])
@@ -311,7 +311,7 @@ def test_export_of_some_classes_detects_these_only(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("retinanet.exporters.run.export_program", lambda some, *_: some)
-    monkeypatch.setattr("retinanet.exporters.torch.write_torch", stop)
+    monkeypatch.setattr("retinanet.exporters.run.write_torch", stop)
     with pytest.raises(KeyboardInterrupt):
         export(checkpoint, "torch", out=tmp_path / "m.pt2", classes=["c", "ä"])
     some, text = written

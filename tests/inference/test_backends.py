@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,30 +32,12 @@ needs_openvino = pytest.mark.skipif(
 )
 
 
-@cache
-def random_model(**settings: Any) -> RetinaNet:
-    return tiny_network(20, norm="frozen", spread=True, **settings)
-
-
-@pytest.fixture
-def model() -> RetinaNet:
-    return random_model()
+SPREAD: dict[str, Any] = {"norm": "frozen", "spread": True}
 
 
 @pytest.fixture(scope="module")
-def openvino_network() -> Iterator[Callable[[RetinaNet, str], Network]]:
-    """Networks of one conversion per model, by precision."""
-    convert, calibration = cache(openvino_backend.convert), [random_images(1, 3, 96, 128)] * 2
-
-    def build(model: RetinaNet, precision: str) -> Network:
-        images = calibration if precision == "int8" else None
-        return build_network(
-            model, CPU, precision=precision, backend="openvino", calibration=images
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_backend, "convert", lambda model: convert(model).clone())
-        yield cache(build)
+def model() -> RetinaNet:
+    return tiny_network(20, **SPREAD)
 
 
 def random_images(*shape: int) -> Tensor:
@@ -91,7 +73,6 @@ def check_network(
     return max(errors)
 
 
-BINS: dict[str, Any] = {"box_bins": 8, "scales": (1.0,), "aspect_ratios": (1.0,)}
 SHAPES = ((1, 3, 96, 128), (2, 3, 64, 64), (1, 3, 32, 32))
 
 
@@ -105,7 +86,7 @@ def test_torch_network_outputs_equal_the_model(model: RetinaNet) -> None:
 @pytest.mark.slow
 @torch._inductor.config.patch(QUICK_COMPILE)
 def test_compiled_network_outputs_equal_the_model() -> None:
-    model = two_level_network(20, norm="frozen", spread=True)
+    model = two_level_network(20, **SPREAD)
     network = build_network(model, CPU, precision="float32", backend="compile")
     for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert copied.description == network.description
@@ -115,28 +96,32 @@ def test_compiled_network_outputs_equal_the_model() -> None:
 @needs_openvino
 @pytest.mark.filterwarnings("ignore:int8 outputs differ")
 @pytest.mark.parametrize(
-    ("settings", "precision", "tolerance"),
+    ("model", "tolerances"),
     [
-        ({"backbone": "resnet10_half"}, "float32", 1e-4),
-        (BINS, "bf16", 0.1),
-        pytest.param(BINS, "int8", 0.3, marks=pytest.mark.slow),
+        (lambda: tiny_network(20, **SPREAD, backbone="resnet10_half"), {"float32": 1e-4}),
+        (lambda: two_level_network(20, **SPREAD, box_bins=8), {"bf16": 0.1, "int8": 0.3}),
     ],
+    ids=["deltas", "distributions"],
 )
+@pytest.mark.slow
 def test_openvino_network_outputs_equal_the_model(
-    openvino_network: Callable[[RetinaNet, str], Network],
-    settings: dict[str, Any],
-    precision: str,
-    tolerance: float,
+    model: Callable[[], RetinaNet], tolerances: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = random_model(**settings)
-    network = openvino_network(model, precision)
-    assert check_network(network, model, precision, "openvino", *SHAPES) <= tolerance
-    images = random_images(1, 3, 64, 64)
-    expected = network(images)
-    for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        assert copied.description == network.description
-        torch.testing.assert_close(copied(images), expected)
-    torch.testing.assert_close(network(images.float() + 0.2), expected)
+    convert = cache(openvino_backend.convert)  # once for all precisions
+    monkeypatch.setattr(openvino_backend, "convert", lambda model: convert(model).clone())
+    given = model()
+    for precision, tolerance in tolerances.items():
+        calibration = [random_images(1, 3, 96, 128)] * 2 if precision == "int8" else None
+        network = build_network(
+            given, CPU, precision=precision, backend="openvino", calibration=calibration
+        )
+        assert check_network(network, given, precision, "openvino", *SHAPES) <= tolerance
+        images = random_images(1, 3, 64, 64)
+        expected = network(images)
+        for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            assert copied.description == network.description
+            torch.testing.assert_close(copied(images), expected)
+        torch.testing.assert_close(network(images.float() + 0.2), expected)
 
 
 def test_detector_copies_and_pickles(model: RetinaNet, tmp_path: Path) -> None:
