@@ -24,7 +24,7 @@ from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
-from tiny_backbone import QUICK_COMPILE, tiny_network, two_level_network
+from tiny_backbone import QUICK_COMPILE, two_level_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -44,27 +44,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def of_bins(checkpoint: Checkpoint) -> Checkpoint:
-    """Another network, of box distributions: the one of the form ``raw``."""
-    model = tiny_network(3, spread=True, norm="frozen", box_bins=8)
-    model.class_head.load_state_dict(checkpoint.model.class_head.state_dict())
-    return replace(checkpoint, model=model)
-
-
-@pytest.fixture(scope="module")
-def eagers(eager: Detector, of_bins: Checkpoint) -> dict[str, Detector]:
-    """Return the detector that a form was exported from."""
-    raw = Detector(of_bins, device="cpu", precision="float32")
-    return {**dict.fromkeys(FORMS, eager), "raw": raw}
-
-
-@pytest.fixture(scope="module")
 def files(
-    run: Path,
-    of_bins: Checkpoint,
-    images: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    worker_id: str,
+    run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> dict[str, Path]:
     """Return a file per form, exported once for all workers."""
     base = tmp_path_factory.getbasetemp()
@@ -72,19 +53,18 @@ def files(
     paths = {name: folder / f"{name}{SUFFIXES[to]}" for name, (to, _) in FORMS.items()}
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").is_file():
-            export_all(run, of_bins, images, paths)
+            export_all(run, images, paths)
             (folder / "done").touch()
     return paths
 
 
-def export_all(run: Path, of_bins: Checkpoint, images: Path, paths: dict[str, Path]) -> None:
+def export_all(run: Path, images: Path, paths: dict[str, Path]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, (to, options) in FORMS.items():
             calibrate = {"calibrate": str(images)} if name == "int8" else {}
             # Whole images of noise are not compared: engines resize them differently.
-            model = of_bins if name == "raw" else run
             report = export(
-                model, to, out=paths[name], images=2, tolerance=WIDE, **options, **calibrate
+                run, to, out=paths[name], images=2, tolerance=WIDE, **options, **calibrate
             )
             assert report.passed
             if name in ("onnx", "raw", "openvino", "torch"):
@@ -105,9 +85,9 @@ def copy_instead_of_converting(onnx_file: Path, patch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", ["onnx", "raw", "openvino", "torch"])
 def test_exported_file_gives_the_detections_of_the_network(
-    files: dict[str, Path], eagers: dict[str, Detector], images: Path, name: str
+    files: dict[str, Path], eager: Detector, images: Path, name: str
 ) -> None:
-    detector, eager = load(files[name], device="cpu"), eagers[name]
+    detector = load(files[name], device="cpu")
     assert detector.classes == eager.classes
     assert detector.category_ids == eager.category_ids
     expected = eager.detect(images)
@@ -118,6 +98,22 @@ def test_exported_file_gives_the_detections_of_the_network(
             torch.testing.assert_close(got.scores, want.scores, atol=1e-4, rtol=0)
             torch.testing.assert_close(got.boxes, want.boxes, atol=2e-2, rtol=0)
             assert got.labels.tolist() == want.labels.tolist()
+
+
+@pytest.mark.slow
+def test_exported_file_of_distributions_gives_the_detections_of_the_network(
+    checkpoint: Checkpoint, tmp_path: Path, images: Path
+) -> None:
+    model = two_level_network(3, spread=True, norm="frozen", box_bins=8)
+    model.class_head.load_state_dict(checkpoint.model.class_head.state_dict())
+    given = replace(checkpoint, model=model)
+    report = export(given, "onnx", out=tmp_path / "m.onnx", images=2, tolerance=WIDE)
+    assert report.passed
+    assert report.network_size.matched == report.network_size.boxes > 10
+    assert (report.network_size.score < 1e-4) & (report.network_size.box < 0.05)
+    expected = Detector(given, device="cpu", precision="float32").detect(images)
+    for got, want in zip(load(report.file, device="cpu").detect(images), expected, strict=True):
+        torch.testing.assert_close(got.boxes, want.boxes, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["onnx", "raw"])
@@ -217,23 +213,23 @@ def test_built_in_thresholds_can_only_be_narrowed(files: dict[str, Path], images
 
 @pytest.mark.parametrize("form", ["onnx", "raw"])
 def test_exported_file_has_score_thresholds_by_class(
-    files: dict[str, Path], eagers: dict[str, Detector], images: Path, form: str
+    files: dict[str, Path], eager: Detector, images: Path, form: str
 ) -> None:
     own = {"ä": 0.9, "b": 0.6, "c": 0.5}
     detector = load(files[form], device="cpu", score_thresholds=own)
     size = read_image(images / "3.png")  # of the network's size: nothing is resized
-    found, expected = detector.detect(size), eagers[form].detect(size, score_thresholds=own)
+    found, expected = detector.detect(size), eager.detect(size, score_thresholds=own)
     assert len(found) == len(expected) > 1  # type: ignore[arg-type]
     assert torch.equal(found.labels, expected.labels)  # type: ignore[union-attr]
 
 
 def test_exported_scores_can_be_fused(
-    files: dict[str, Path], eagers: dict[str, Detector], images: Path
+    files: dict[str, Path], eager: Detector, images: Path
 ) -> None:
     image = read_image(images / "3.png")
     settings: dict[str, Any] = {"nms": "wbf", "temperature": 1.5}
     found = load(files["raw"], device="cpu", **settings).detect(image)
-    expected = eagers["raw"].detect(image, **settings)
+    expected = eager.detect(image, **settings)
     torch.testing.assert_close(found.boxes, expected.boxes, atol=0.05, rtol=0)  # type: ignore[union-attr]
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)  # type: ignore[union-attr]
 
