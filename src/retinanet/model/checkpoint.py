@@ -24,6 +24,8 @@ from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
 from retinanet.model.foreign_weights import (
+    IMAGE_SIZE,
+    MAX_SIZE,
     SUFFIXES,
     Loaded,
     fetch_torchvision,
@@ -160,10 +162,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def _of_library(loaded: Loaded, source: str) -> Checkpoint:
-    info = {"source": source, "detect": dict(loaded.detect)}
-    sizes = loaded.image_size, loaded.max_size
-    model = to_channels_last(loaded.model)
-    return Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
+    model, classes, ids, detect = loaded
+    info = {"source": source, "detect": detect}
+    return Checkpoint(to_channels_last(model), classes, ids, IMAGE_SIZE, MAX_SIZE, info)
 
 
 def find_checkpoint(path: Path) -> Path:
