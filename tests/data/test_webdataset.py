@@ -19,7 +19,7 @@ from labelled_folders import MakeImage, coco_image, coco_json, coco_object, writ
 from PIL import Image
 
 from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits
-from retinanet.data.formats import digest, find_format
+from retinanet.data.formats import digest, find_data
 from retinanet.data.formats.webdataset import parse_shard_size
 from retinanet.data.image_files import image_size
 from retinanet.data.images import read_image, read_reduced
@@ -230,7 +230,7 @@ def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
                 {"__key__": f"n/{number:04d}", "jpg": jpeg(), "json": {"objects": objects},
                  "seg.png": b"a mask", "txt": "a word"}
             )  # fmt: skip
-    assert find_format(tmp_path) == "webdataset"
+    assert find_data(tmp_path).format == "webdataset"
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("cat", "dog")
     assert dataset.category_ids == (1, 2)

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -138,7 +138,7 @@ def list_names(address: str) -> list[str]:
 def archive_of(path: str | os.PathLike[str]) -> str | None:
     """Return the address of the archive that a path leads into, or None."""
     inside = _split(path)
-    return inside[0] if inside else None
+    return inside and inside[0]
 
 
 def find_member(path: str | os.PathLike[str]) -> Member | None:
@@ -211,38 +211,25 @@ def read_members(members: Sequence[Member]) -> list[bytes]:
 def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
     """Return the same files; members in remote archives with their bytes, fetched together."""
     remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
-    contents = dict(zip(remote, read_members(remote), strict=True))
-    return [
-        replace(file, content=contents[file])
-        if isinstance(file, Member) and file in contents
-        else file
-        for file in files
-    ]
+    read = zip(remote, read_members(remote), strict=True)
+    fetched: dict[str | Member, Member] = {m: replace(m, content=c) for m, c in read}
+    return [fetched.get(file, file) for file in files]
 
 
 def members_of(archive: str) -> Mapping[str, Member]:
     """Return the members of an archive by name, in its order; of a repeated name the last."""
     if is_remote(archive):
-        return _remote_members(archive)
+        return _members(archive, ())
     try:
         stat = os.stat(archive)
     except OSError as error:
         raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
-    return _local_members(archive, (stat.st_size, stat.st_mtime_ns))
+    return _members(archive, (stat.st_size, stat.st_mtime_ns))
 
 
-@cache  # without a limit: it would be fetched whole again
-def _remote_members(archive: str) -> Mapping[str, Member]:
-    return _members(archive)
-
-
-@lru_cache(maxsize=256)
-def _local_members(archive: str, stamp: tuple[int, int]) -> Mapping[str, Member]:
-    """Read the headers of a file; `stamp` changes with it."""
-    return _members(archive)
-
-
-def _members(archive: str) -> Mapping[str, Member]:
+@cache  # without a limit: a remote archive would be fetched whole again
+def _members(archive: str, stamp: tuple[int, ...]) -> Mapping[str, Member]:
+    """Read the headers of an archive; `stamp` changes with a local one."""
     try:
         with (
             _accessing(archive) as (files, path),

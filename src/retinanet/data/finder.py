@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -279,12 +279,7 @@ def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, list[
 
 
 def _common_tail(one: list[str], other: list[str]) -> int:
-    count = 0
-    for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    return len(os.path.commonprefix([one[::-1], other[::-1]]))
 
 
 def _own_folders(folder: Path, root: Path) -> set[str]:
@@ -335,9 +330,6 @@ def relative(path: Path, top: Path) -> str:
 
 
 def count_suffixes(files: Iterable[Path]) -> Iterator[str]:
-    """Yield ``12 .txt`` for each suffix of files, the most frequent first."""
-    counts: dict[str, int] = defaultdict(int)
-    for file in files:
-        counts[file.suffix.lower() or "without suffix"] += 1
-    for suffix, number in sorted(counts.items(), key=lambda item: -item[1]):
-        yield f"{number} {suffix}"
+    """Return ``12 .txt`` for each suffix of files, the most frequent first."""
+    counts = Counter(file.suffix.lower() or "without suffix" for file in files)
+    return (f"{number} {suffix}" for suffix, number in counts.most_common())

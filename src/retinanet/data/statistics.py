@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -162,7 +161,6 @@ def anchor_recall(
     max_size: int,
     *,
     foreground_iou: float = 0.5,
-    divisor: int = 32,
 ) -> AnchorRecall:
     """Compute the fraction of objects that an anchor overlaps by `foreground_iou` or more.
 
@@ -174,7 +172,6 @@ def anchor_recall(
         spec: the anchors.
         image_size, max_size: pixels of the shorter side, and of the longer at most.
         foreground_iou: IoU from which an anchor is matched to an object.
-        divisor: images are padded to multiples of it.
 
     Raises:
         DataError: an image whose size is not in the labels cannot be read.
@@ -193,7 +190,7 @@ def anchor_recall(
                 height, width = size_on_disk(image.path)
             new_height, new_width = network_size(height, width, image_size, max_size)
             y, x = new_height / height, new_width / width
-            size = _padded(new_height, divisor), _padded(new_width, divisor)
+            size = -(-new_height // 32) * 32, -(-new_width // 32) * 32  # padded
             order.setdefault(size, []).extend(range(len(classes), len(classes) + len(objects)))
             boxes.setdefault(size, []).extend(
                 (x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in (a.box for a in objects)
@@ -220,10 +217,6 @@ def anchor_recall(
         by_class=grouped(every_class, classes),
         by_size=grouped(SIZE_NAMES, sizes),
     )
-
-
-def _padded(side: int, divisor: int) -> int:
-    return math.ceil(side / divisor) * divisor
 
 
 def _best_iou(

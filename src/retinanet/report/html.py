@@ -240,8 +240,7 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         facts["unreadable images"] = len(metrics.unreadable)
     page.facts(facts)
     files = plot_evaluation(metrics, plots)
-    for name in ("precision_recall", "errors", "classes"):
-        page.images([(files[name], "")])
+    page.images([(files[name], "") for name in ("precision_recall", "errors", "classes")])
     small = len(metrics.confusion.classes) <= _MAX_CLASSES
     pair = [(files["calibration"], ""), (files["confusion"], "")]
     page.images(pair, columns=2 if small else 1)
@@ -326,11 +325,11 @@ def _subtitle(run: _Run) -> str:
     versions = run.info.get("versions", {})
     parts = [
         f"recipe {recipe}" if recipe else "",
-        str(run.info.get("data", "")),
-        str(run.info.get("device_name") or run.info.get("device", "")),
+        run.info.get("data", ""),
+        run.info.get("device_name") or run.info.get("device", ""),
         *(f"{name} {versions[name]}" for name in ("retinanet", "torch") if name in versions),
     ]
-    return " · ".join(part for part in parts if part)
+    return " · ".join(str(part) for part in parts if part)
 
 
 def _add_summary(page: Page, run: _Run) -> None:
@@ -442,11 +441,12 @@ def _add_data(page: Page, run: _Run, splits: Mapping[str, Dataset]) -> None:
 
 def _add_settings(page: Page, run: _Run) -> None:
     page.code(run.config, folded="config.toml")
-    rows: list[list[object]] = []
+    rows: list[tuple[str, str]] = []
     for name, value in run.info.items():
-        nested = isinstance(value, Mapping)
-        items = {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
-        rows += [[key, str(item)] for key, item in items.items()]
+        if isinstance(value, Mapping):
+            rows += [(f"{name}.{key}", str(item)) for key, item in value.items()]
+        else:
+            rows.append((name, str(value)))
     if rows:
         page.table(["run.json", ""], rows, left=2)
 

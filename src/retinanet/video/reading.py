@@ -177,13 +177,10 @@ class VideoReader:
         """Convert to (H, W, 3) uint8 RGB, upright, of :attr:`size`; several threads may call."""
         height, width = self.first.height, self.first.width
         pixels: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        if self.turn.is_transposed:
+        is_transposed, is_mirrored, is_flipped = self.turn
+        if is_transposed:
             pixels = pixels.transpose(1, 0, 2)
-        if self.turn.is_mirrored:
-            pixels = pixels[:, ::-1]
-        if self.turn.is_flipped:
-            pixels = pixels[::-1]
-        return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(pixels[:: -1 if is_flipped else 1, :: -1 if is_mirrored else 1])
 
     def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
         """Return up to `max_images` frames, spread over the video."""
@@ -335,14 +332,13 @@ def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
         if is_stream(source):
             hint = "check the address and the password, and that the camera is on"
         return f"{source}: cannot be opened: {reason}; {hint}"
-    path = Path(source)
-    if not path.exists():
-        return f"{source}: there is no such file or folder"
-    if path.is_dir():
-        return f"{source}: is a folder, not a video"
     try:
-        with path.open("rb") as file:
+        with open(source, "rb") as file:
             start = file.read(12)
+    except FileNotFoundError:
+        return f"{source}: there is no such file or folder"
+    except IsADirectoryError:
+        return f"{source}: is a folder, not a video"
     except OSError as unreadable:
         return f"{source}: cannot be read: {unreadable.strerror}"
     if not start:

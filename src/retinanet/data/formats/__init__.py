@@ -298,15 +298,6 @@ def _reason(file: Path) -> str:
     return "no names and train"
 
 
-def find_format(path: str | Path) -> str:
-    """Detect the format of a folder or file.
-
-    Raises:
-        DataError: as :func:`find_data`.
-    """
-    return find_data(path).format
-
-
 def read_dataset(
     path: str | Path | Reader,
     split: str = "train",
