@@ -313,7 +313,7 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "empty.json", "")
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
     with pytest.raises(DataError, match=r"not COCO .* Label Studio"):
-        find_data(tmp_path).format
+        find_data(tmp_path)
 
 
 def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> None:

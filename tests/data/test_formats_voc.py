@@ -98,7 +98,7 @@ def test_a_image_without_xml_is_no_background(tmp_path: Path, make_image: MakeIm
 def test_xml_of_other_programs_is_not_voc(tmp_path: Path) -> None:
     write(tmp_path / "a.xml", "<project/>")
     with pytest.raises(DataError, match="no labelled data found"):
-        find_data(tmp_path).format
+        find_data(tmp_path)
 
 
 @pytest.mark.data
