@@ -63,9 +63,7 @@ def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]
         return _upright_size(source)
 
 
-def image_sizes(
-    paths: Sequence[str | os.PathLike[str]],
-) -> list[tuple[int, int] | ImageError]:
+def image_sizes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[int, int] | ImageError]:
     """Return the sizes of many images, read in threads; the error of those that cannot be read."""
 
     def read(chunk: Sequence[str | os.PathLike[str]]) -> list[tuple[int, int] | ImageError]:

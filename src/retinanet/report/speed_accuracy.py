@@ -21,12 +21,7 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.evaluation.metrics import AP_METRICS, Number, to_json_types
 from retinanet.evaluation.predict import Progress
-from retinanet.evaluation.run import (
-    DetectorOptions,
-    match_classes,
-    predict,
-    read_eval_dataset,
-)
+from retinanet.evaluation.run import DetectorOptions, match_classes, predict, read_eval_dataset
 from retinanet.inference.backends import Network, detect_batch, network_settings
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint

@@ -14,16 +14,7 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, count_suffixes, fold, relative
-from retinanet.data.formats import (
-    coco,
-    csv,
-    cvat,
-    label_studio,
-    text_rows,
-    voc,
-    webdataset,
-    yolo,
-)
+from retinanet.data.formats import coco, csv, cvat, label_studio, text_rows, voc, webdataset, yolo
 from retinanet.data.formats.json_exports import (
     is_createml,
     is_labelme,

@@ -284,11 +284,7 @@ def _content_of(text: bytes) -> dict[str, Any] | str:
 
 
 def _parse_object(
-    parsed: LabelFile,
-    image: LabelImage,
-    number: int,
-    item: Any,
-    ids: dict[str, int | None] | None,
+    parsed: LabelFile, image: LabelImage, number: int, item: Any, ids: dict[str, int | None] | None
 ) -> None:
     where = f"object {number}"
     if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):

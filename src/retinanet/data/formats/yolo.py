@@ -402,12 +402,7 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
 
 
 def _read_split(
-    split: str,
-    images: list[Path],
-    classes: ClassList,
-    tree: Tree,
-    texts: _Texts,
-    keypoints: bool,
+    split: str, images: list[Path], classes: ClassList, tree: Tree, texts: _Texts, keypoints: bool
 ) -> Dataset:
     files = []
     problems = []
