@@ -103,7 +103,7 @@ BAD_USAGE = [
     (f"{TABLE3} --full --steps=9", "use one of them"),
     (f"{TABLE3} --full --image-size=64", "leave out --recipe"),
     (f"{TABLE3} --budget=soon", "90s, 20min or 2h"),
-    (f"{TABLE3} --budget=0min", "invalid --budget '0min'"),
+    (f"{TABLE3} --budget=0min", "--budget '0min' is not a duration"),
     (f"{TABLE3} --steps=20 --backbone=resnet19", "resnet19"),
     (f"{TABLE3} --steps=20 --device=tpu", "tpu"),
     (f"{TABLE3} --steps=20 train.seed=7", "set by --seeds"),

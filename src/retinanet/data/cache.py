@@ -39,7 +39,6 @@ class ImageCache:
     """
 
     def __init__(self, num_files: int, capacity: int, folder: Path | None = None) -> None:
-        self._num_files = num_files
         self._start = 8 * (1 + num_files * _COLUMNS)
         self._size = self._start + capacity
         if folder is None:
@@ -135,7 +134,7 @@ class ImageCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process opens the file by, while this one has it open."""
-        names = ("_num_files", "_start", "_size", "_path")
+        names = ("_start", "_size", "_path")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import tomllib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
 from retinanet.data.selection import select
+from retinanet.data.statistics import count_objects
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.evaluation.metrics import AP_METRICS, Metrics
 from retinanet.files import write_atomic
@@ -421,20 +421,17 @@ def draw_truth(image: LabelledImage, dataset: Dataset) -> Image.Image:
 
 
 def _add_data(page: Page, run: _Run, splits: Mapping[str, Dataset]) -> None:
-    columns = ["split", "images", "objects", "crowd or difficult", "images without object", "from"]
-    rows: list[list[object]] = []
-    counts: list[Counter[int]] = []
-    for name, dataset in splits.items():
-        annotations = [a for image in dataset.images for a in image.annotations]
-        counts.append(Counter(a.label for a in annotations if not a.ignored))
-        empty = sum(not image.annotations for image in dataset.images)
-        ignored = len(annotations) - counts[-1].total()
-        sizes = [len(dataset), counts[-1].total(), ignored, empty]
-        rows.append([name, *sizes, dataset.split_origin])
-    page.table(columns, rows)
+    counts = {name: count_objects(dataset, {}) for name, dataset in splits.items()}
+    page.table(
+        ["split", "images", "objects", "crowd or difficult", "images without object", "from"],
+        [
+            (name, n.images, n.objects, n.ignored, n.background_images, n.origin)
+            for name, n in counts.items()
+        ],
+    )
     page.images([(plot_object_sizes(splits, run.folder / "plots" / "object_sizes.png"), "")])
     classes = next(iter(splits.values())).classes
-    rows = [[name, *(count[label] for count in counts)] for label, name in enumerate(classes)]
+    rows = [[name, *(n.classes[name] for n in counts.values())] for name in classes]
     folded = f"Objects of {len(classes)} classes" if len(classes) > _MAX_CLASSES else ""
     page.table(["class", *splits], rows, folded=folded)
 

@@ -19,7 +19,6 @@ from typing import Any
 from retinanet.data.dataset import Dataset
 from retinanet.data.finder import LabelSet, Tree
 from retinanet.data.formats.labels import (
-    Box,
     LabelFile,
     LabelImage,
     Splits,
@@ -245,16 +244,11 @@ def _parse_row(
     values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
     stated = ", ".join(map(repr, sides))
     where = f"line {line}: {cut(name)}"
-    box = _box(cells, sides)
+    numbers = re.split(r"[,;\s]+", sides[0].strip("[](){} ")) if "bbox" in cells else sides
+    box = to_box(numbers, has_size="x2" not in cells)
     # An image of faulty rows alone is no background.
     if is_empty or parsed.add(image, number, class_name, box, stated, values, where=where):
         images[split, name] = image
-
-
-def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
-    if "bbox" in columns:
-        cells = re.split(r"[,;\s]+", cells[0].strip("[](){} "))
-    return to_box(cells, has_size="x2" not in columns)
 
 
 def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from retinanet.data.formats.labels import (
@@ -49,7 +51,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         DataError: it is no XML, or holds the tracks of "CVAT for video", which name no images.
     """
     parsed = LabelFile(file, split)
-    number = 0
+    numbers = count()
     try:
         for _, element in ET.iterparse(file):
             if element.tag == "track":
@@ -62,7 +64,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
                 labels = [x for x in element.iter("label") if x.find("parent") is None]
                 parsed.listed = [(label.findtext("name") or "").strip() for label in labels]
             elif element.tag == "image":
-                number = _parse_image(parsed, element, number)
+                _parse_image(parsed, element, numbers)
             else:
                 continue
             element.clear()  # a large export would take gigabytes
@@ -73,8 +75,8 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     return parsed
 
 
-def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
-    """Parse an image whose first object has this number in the file; return the next number."""
+def _parse_image(parsed: LabelFile, element: ET.Element, numbers: Iterator[int]) -> None:
+    """Parse an image; `numbers` are those of its objects in the file."""
     name = (element.get("name") or "").strip()
     subset = (element.get("subset") or "").strip()
     # CVAT calls the subset of images without one "default".
@@ -89,13 +91,13 @@ def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
     )
     parsed.images.append(image)
     for child in element:
-        if child.tag == "box" and not to_flag(child.get("outside")):
-            _parse_box(parsed, image, child, number)
-        elif child.tag in _OTHER_SHAPES:
+        if child.tag in _OTHER_SHAPES:
             reason = f"{name}: {child.get('label')!r} is drawn as a {child.tag}, not as a box"
-            parsed.report("shape-not-box", number, reason, image=image)
-        number += child.tag == "box" or child.tag in _OTHER_SHAPES
-    return number
+            parsed.report("shape-not-box", next(numbers), reason, image=image)
+        elif child.tag == "box":
+            number = next(numbers)
+            if not to_flag(child.get("outside")):
+                _parse_box(parsed, image, child, number)
 
 
 def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number: int) -> None:

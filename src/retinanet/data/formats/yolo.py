@@ -221,7 +221,9 @@ def _from_settings(
     else:
         content = _load_yaml(file)
         names = _yaml_names(file, content)
-    base = _yaml_base(file, content.get("path"))
+    # `path` is itself relative to the file, or stale.
+    folders = [file.parent / str(path), Path(str(path))] if (path := content.get("path")) else []
+    base = next((folder for folder in folders if folder.is_dir()), file.parent)
     splits: dict[str, list[Path]] = {}
     missing: dict[str, str] = {}
     for key, split in _SPLIT_KEYS.items():
@@ -273,16 +275,6 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
             f"got {sorted(numbered)[:10]}"
         )
     return tuple(numbered[number] for number in range(len(numbered)))
-
-
-def _yaml_base(file: Path, path: Any) -> Path:
-    """Return the folder of the splits: `path` is itself relative to the file, or stale."""
-    if not path:
-        return file.parent
-    for base in (file.parent / str(path), Path(str(path))):
-        if base.is_dir():
-            return base
-    return file.parent
 
 
 def _entry_images(file: Path, base: Path, entry: str, tree: Tree) -> list[Path] | None:
@@ -349,14 +341,8 @@ def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
 
 def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
     """Return images by the split of their folder; folders without any label are left out."""
-    folders: dict[Path, list[Path]] = {}
-    for image in tree.images:
-        folders.setdefault(image.parent, []).append(image)
-    images: list[Path] = []
-    for inside in folders.values():
-        if any(texts.of(image) is not None for image in inside):
-            images += inside
-    return tree.group(images)
+    labelled = {image.parent for image in tree.images if texts.of(image) is not None}
+    return tree.group(image for image in tree.images if image.parent in labelled)
 
 
 def _row(line: str) -> tuple[int, list[float]] | str:
