@@ -396,33 +396,27 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
     """Write the list of errors and the summary, from the metadata of all shards."""
     import pyarrow.parquet as pq
 
-    objects: Counter[str] = Counter()
-    network: Counter[str] = Counter()
-    images = 0
-    failures: list[dict[str, str]] = []
-
     def read(shard: int) -> dict[str, Any]:
         with store.open(shard_file(shard)) as file:
-            metadata = pq.read_metadata(file).metadata[METADATA]
-        return dict(json.loads(metadata))
+            return dict(json.loads(pq.read_metadata(file).metadata[METADATA]))
 
     with ThreadPoolExecutor(16, thread_name_prefix="read-shard") as pool:
-        for metadata in pool.map(read, range(shards)):
-            images += metadata["images"]
-            objects.update(metadata["objects"])
-            network[metadata["network"]] += 1
-            failures += metadata["errors"]
+        of_shards = list(pool.map(read, range(shards)))
+    objects: Counter[str] = Counter()
+    for shard in of_shards:
+        objects.update(shard["objects"])
+    failures = [failure for shard in of_shards for failure in shard["errors"]]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failures]
     store.write("errors.jsonl", "".join(lines))
     summary = CollectionSummary(
         out=store.address,
-        images=images,
+        images=sum(shard["images"] for shard in of_shards),
         objects=dict(objects.most_common()),
         errors=len(failures),
         failures=tuple(failures[:20]),
         shards=shards,
         done_before=done_before,
-        network=dict(network),
+        network=dict(Counter(shard["network"] for shard in of_shards)),
     )
     store.write(SUMMARY, json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return summary

@@ -144,10 +144,9 @@ def write_shard(results: Iterator[ImageDetections | Failure], file: Path, *, net
     objects: Counter[str] = Counter()
     with pq.ParquetWriter(file, schema, compression="zstd") as table:
         while chunk := list(islice(results, _ROWS)):
-            errors += [_encodable(item.to_dict()) for item in chunk if isinstance(item, Failure)]
-            rows = [
-                _encodable(item.to_dict()) for item in chunk if isinstance(item, ImageDetections)
-            ]
+            rows = []
+            for item in chunk:
+                (errors if isinstance(item, Failure) else rows).append(_encodable(item.to_dict()))
             images += len(rows)
             objects.update(found["class"] for row in rows for found in row["detections"])
             if rows:

@@ -105,7 +105,7 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _accessing(address: str) -> Iterator[tuple[Any, str]]:
+def accessing(address: str) -> Iterator[tuple[Any, str]]:
     """Yield :func:`open_files`; what a store raises, except for a missing file, is a DataError."""
     try:
         yield open_files(address)
@@ -117,14 +117,14 @@ def _accessing(address: str) -> Iterator[tuple[Any, str]]:
 
 def read_file(address: str) -> bytes:
     """Read a whole file."""
-    with _accessing(address) as (files, path):
+    with accessing(address) as (files, path):
         return bytes(files.cat_file(path))
 
 
 def list_names(address: str) -> list[str]:
     """Return the names in a folder, sorted; empty if it is no folder."""
     try:
-        with _accessing(address) as (files, path):
+        with accessing(address) as (files, path):
             listed = [str(entry).strip("/") for entry in files.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -189,7 +189,7 @@ def read_members(members: Sequence[Member]) -> list[bytes]:
         return []
     ends = [member.offset + member.size for member in members]
     try:
-        with _accessing(members[0].archive) as (files, _):
+        with accessing(members[0].archive) as (files, _):
             from fsspec.core import strip_protocol
 
             paths = [strip_protocol(member.archive) for member in members]
@@ -232,7 +232,7 @@ def _members(archive: str, stamp: tuple[int, ...]) -> Mapping[str, Member]:
     """Read the headers of an archive; `stamp` changes with a local one."""
     try:
         with (
-            _accessing(archive) as (files, path),
+            accessing(archive) as (files, path),
             files.open(path, "rb", block_size=_BLOCK) as file,
         ):
             return _read_headers(archive, file)

@@ -96,9 +96,7 @@ def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:
     kept: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         stored = annotation.box
-        if is_unrotated:
-            assert image.width is not None
-            assert image.height is not None
+        if is_unrotated and image.width and image.height:
             stored = _rotated(stored, image.width, image.height, info.orientation)
         box = fixed_box(stored, info.width, info.height)
         if box is None:
