@@ -21,7 +21,7 @@ from retinanet.data import archives
 from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.labels import ALL_FAULTY, DROPPED
+from retinanet.data.formats.reading import ALL_FAULTY, DROPPED
 from retinanet.data.image_files import (
     SIDEWAYS,
     exif_orientation,

@@ -13,7 +13,7 @@ from retinanet.data.check import CheckReport, ImageInfo, in_two_splits, labelled
 from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.formats import WRITABLE
-from retinanet.data.formats.labels import JSON_TEXT
+from retinanet.data.formats.reading import JSON_TEXT
 from retinanet.data.formats.writing import Placing, Writing
 from retinanet.data.selection import relabel
 from retinanet.errors import DataError

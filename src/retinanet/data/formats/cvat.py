@@ -12,18 +12,8 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from retinanet.data.formats.labels import (
-    ENCLOSED,
-    LabelFile,
-    LabelImage,
-    begins_with,
-    enclosing_box,
-    from_text,
-    to_box,
-    to_flag,
-    to_number,
-    to_size,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
@@ -38,7 +28,7 @@ _KEPT = ("occluded", "z_order", "source", "group_id")
 
 def detect(file: Path) -> bool:
     """Whether an XML file is CVAT's."""
-    return begins_with(file, _ROOT)
+    return reading.begins_with(file, _ROOT)
 
 
 def parse(file: Path, *, split: str | None = None) -> LabelFile:
@@ -81,12 +71,12 @@ def _parse_image(parsed: LabelFile, element: ET.Element, numbers: Iterator[int])
     subset = (element.get("subset") or "").strip()
     # CVAT calls the subset of images without one "default".
     split = None if subset.lower() in ("", "default") else split_word(subset) or subset
-    id_ = from_text("id", (element.get("id") or "").strip())
+    id_ = reading.from_text("id", (element.get("id") or "").strip())
     image = LabelImage(
         name,
         id_ if isinstance(id_, int) or id_ else Path(name).stem,
-        to_size(element.get("width")),
-        to_size(element.get("height")),
+        reading.to_size(element.get("width")),
+        reading.to_size(element.get("height")),
         split=split,
     )
     parsed.images.append(image)
@@ -96,24 +86,26 @@ def _parse_image(parsed: LabelFile, element: ET.Element, numbers: Iterator[int])
             parsed.report("shape-not-box", next(numbers), reason, image=image)
         elif child.tag == "box":
             number = next(numbers)
-            if not to_flag(child.get("outside")):
+            if not reading.to_flag(child.get("outside")):
                 _parse_box(parsed, image, child, number)
 
 
 def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number: int) -> None:
-    box = to_box([element.get(side) for side in _SIDES])
-    rotation = to_number(element.get("rotation") or 0)
+    box = reading.to_box([element.get(side) for side in _SIDES])
+    rotation = reading.to_number(element.get("rotation") or 0)
     if box is None or rotation is None or not math.isfinite(rotation):
         box = None
     elif rotation % 360:
-        box = enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+        box = reading.enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
         reason = f"{image.name}: object {number} is rotated by {rotation:g} degrees"
-        parsed.report("box-rotated", number, reason, ENCLOSED, image=image)
+        parsed.report("box-rotated", number, reason, reading.ENCLOSED, image=image)
     # The values of most boxes are left out: occluded="0", z_order="0".
     texts = {key: element.get(key) for key in _KEPT}
-    values = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
+    values = {
+        key: reading.from_text(key, text) for key, text in texts.items() if text and text != "0"
+    }
     attributes = {
-        item.get("name", ""): from_text("attribute", (item.text or "").strip())
+        item.get("name", ""): reading.from_text("attribute", (item.text or "").strip())
         for item in element.iter("attribute")
     }
     if attributes:

@@ -26,19 +26,8 @@ from typing import Any
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, is_image
-from retinanet.data.formats.labels import (
-    DROPPED,
-    JSON_TEXT,
-    LabelFile,
-    LabelImage,
-    build,
-    json_values,
-    merge_classes,
-    short,
-    to_box,
-    to_id,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
@@ -98,7 +87,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         known = sorted((id_, name) for name, id_ in ids.items() if id_ is not None)
         is_complete = len({id_ for id_, _ in known}) == len(ids)
         pairs = known if is_complete else list(enumerate(sorted(ids), start=1))
-    classes = merge_classes(pairs, path)
+    classes = reading.merge_classes(pairs, path)
     known_ids = ids if len(ids) == len(pairs) else None  # None: a name has several
 
     def build_split(split: str) -> Dataset:
@@ -110,7 +99,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
                 f"{first.file}: {first.reason}; no sample of {split or path} can be read"
             )
         extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
-        return build("webdataset", split, files, classes, tree, extra=extra)
+        return reading.build("webdataset", split, files, classes, tree, extra=extra)
 
     return {split: partial(build_split, split) for split in shards}
 
@@ -219,7 +208,7 @@ def parse(archive: str | Path, *, ids: dict[str, int | None] | None = None) -> l
     members = archives.members_of(archive)
     results: list[LabelFile] = []
 
-    def report(name: str, kind: str, reason: str, fix: str = DROPPED) -> None:
+    def report(name: str, kind: str, reason: str, fix: str = reading.DROPPED) -> None:
         results.append(LabelFile(Path(f"{archive}/{name}")))
         results[-1].report(kind, None, reason, fix)
 
@@ -270,16 +259,18 @@ def _content_of(text: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
-        held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else short(content)
+        held = (
+            f"keys {sorted(content)[:8]}" if isinstance(content, dict) else reading.short(content)
+        )
         return f'has no list "objects" but {held}; {{"objects": [{_OBJECT}]}} is read'
     if not isinstance(content.get("extra", {}), dict):
-        return f'"extra" is no object but {short(content["extra"])}'
+        return f'"extra" is no object but {reading.short(content["extra"])}'
     for side in ("width", "height"):
         value = content.get(side)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            return f'"{side}" is not a whole number but {short(value)}'
-    if to_id(content.get("id", 0)) is None:
-        return f'"id" is neither number nor text but {short(content["id"])}'
+            return f'"{side}" is not a whole number but {reading.short(value)}'
+    if reading.to_id(content.get("id", 0)) is None:
+        return f'"id" is neither number nor text but {reading.short(content["id"])}'
     return content
 
 
@@ -288,10 +279,10 @@ def _parse_object(
 ) -> None:
     where = f"object {number}"
     if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
-        reason = f"{where}: is {short(item)}, not {_OBJECT}"
+        reason = f"{where}: is {reading.short(item)}, not {_OBJECT}"
         parsed.report("label-unreadable", number, reason, image=image)
         return
-    name, category = item.get("class"), to_id(item.get("category_id"))
+    name, category = item.get("class"), reading.to_id(item.get("category_id"))
     name = name if isinstance(name, str) else ""
     category = category if isinstance(category, int) else None
     expected = category if ids is None or not name else ids.setdefault(name, category)
@@ -300,12 +291,14 @@ def _parse_object(
         parsed.report("class-unknown", number, reason, image=image)
         return
     extra = dict(item.get("extra", {}))
-    if JSON_TEXT in extra:
-        extra[JSON_TEXT] = to_text(extra[JSON_TEXT])
+    if reading.JSON_TEXT in extra:
+        extra[reading.JSON_TEXT] = reading.to_text(extra[reading.JSON_TEXT])
     own = {key: item.get(key) for key in ("id", "difficult", "area")}
     values = {**extra, **own, "iscrowd": item.get("crowd")}
     box = item.get("box")
-    parsed.add(image, number, name, to_box(box), f"box {short(box)}", values, where=where)
+    parsed.add(
+        image, number, name, reading.to_box(box), f"box {reading.short(box)}", values, where=where
+    )
 
 
 # ---- writing
@@ -419,5 +412,5 @@ def _object(annotation: Annotation, dataset: Dataset) -> dict[str, Any]:
     item |= {key: True for key, value in more.items() if value}
     if annotation.area is not None:
         item["area"] = annotation.area
-    extra = json_values(annotation.extra)
+    extra = reading.json_values(annotation.extra)
     return item | ({"extra": extra} if extra else {})

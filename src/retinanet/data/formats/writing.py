@@ -15,7 +15,7 @@ from typing import Literal
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.formats.labels import to_text
+from retinanet.data.formats.reading import to_text
 from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
