@@ -282,11 +282,7 @@ def _missing(store: Store, shards: Sequence[object]) -> list[int]:
 
 
 def share_resources(ray: Any, device: str, workers: int | None) -> tuple[int, int, int]:
-    """Share the cluster's processors and GPUs among the detectors.
-
-    Returns:
-        Number of detectors, and processors and GPUs (0 or 1) of each.
-    """
+    """Return the number of detectors on a cluster, and processors and GPUs (0 or 1) of each."""
     nodes = [
         (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
         for node in ray.nodes()

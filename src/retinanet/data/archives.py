@@ -31,14 +31,9 @@ _BLOCK = 1 << 23  # bytes per read of a remote archive's headers; s3fs reads 50 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive.
+    """A file inside the archive of an address: `size` bytes from `offset` on.
 
-    Attributes:
-        archive: the archive's address.
-        name: its name there, with ``/`` between folders.
-        offset: of its first byte in the archive.
-        size: bytes.
-        content: its bytes, if they were fetched already.
+    Its name there has ``/`` between folders; `content` are its bytes, if they were fetched already.
     """
 
     archive: str

@@ -69,6 +69,11 @@ Unreadable = tuple[int, str]
 MAX_UNREADABLE = 0.1
 """Share of a data set's images that may be skipped as unreadable (one image always may)."""
 
+_TRANSFORM_SETTINGS = (  # of the same name in DataConfig
+    *("horizontal_flip", "vertical_flip", "scale_jitter", "crop"),
+    *("rotation", "shear", "translate", "colour", "erase"),
+)
+
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
 _READ_IN_WINDOWS = (".tif", ".tiff")  # with tiles: not cached, as only the tile is decoded
@@ -365,12 +370,9 @@ def _shard_numbers(dataset: Dataset) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What one image of a batch is made from, drawn before anything is read.
+    """An image of a batch, its generator, and how it is mixed; drawn before anything is read.
 
-    Attributes:
-        index, draw: of the image at the position in the stream, and its generator.
-        mix: how it is mixed with others.
-        others: positions of these in the stream.
+    `others` are the positions in the stream of the images that are mixed into it.
     """
 
     index: int
@@ -407,18 +409,10 @@ class _TrainBatches(TorchDataset[Any]):
             turns = random.Random(f"{self.seed} turns {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
             max_size=longest,
-            horizontal_flip=config.horizontal_flip,
-            vertical_flip=config.vertical_flip,
-            scale_jitter=config.scale_jitter,
-            crop=config.crop,
             turns=turns,
-            rotation=config.rotation,
-            shear=config.shear,
-            translate=config.translate,
-            colour=config.colour,
-            erase=config.erase,
             function=self.function,
             fill=self.fill,
+            **{name: getattr(config, name) for name in _TRANSFORM_SETTINGS},
         )
         end = int(self.end)
         mixed = step < end - round(end * config.close_augmentation)
@@ -600,14 +594,9 @@ class _Sample:
 
 
 class _Reader:
-    """Reads the images of a batch; of remote ones the files are fetched together.
+    """Reads the images of a batch; `failures` are those that could not be read.
 
-    Args:
-        images: of the data set.
-        indices: of the images that are probably read.
-
-    Attributes:
-        failures: the images that could not be read.
+    The files of `indices`, which are probably read, are fetched together if they are remote.
     """
 
     def __init__(self, images: _Images, indices: Iterable[int]) -> None:

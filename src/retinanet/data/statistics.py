@@ -167,11 +167,8 @@ def anchor_recall(
     Exact and fast: an IoU falls with the distance of the centres along either axis, so of all
     anchors of one shape only that of the nearest cell is needed. COCO takes seconds.
 
-    Args:
-        splits: data sets, whose objects are pooled.
-        spec: the anchors.
-        image_size, max_size: pixels of the shorter side, and of the longer at most.
-        foreground_iou: IoU from which an anchor is matched to an object.
+    The objects of all splits are pooled. `image_size` and `max_size` are pixels of the shorter
+    side, and of the longer at most.
 
     Raises:
         DataError: an image whose size is not in the labels cannot be read.

@@ -241,12 +241,9 @@ def _write_files(
 class _Item:
     """A frame in the pipeline.
 
-    Attributes:
-        frame: as it was read.
-        ready: its RGB and what the network takes (None: tiles); None: detection does not run on it.
-        found: its objects, or those of the last frame that detection ran on.
-        tracks: their track numbers.
-        encodable: the annotated frame.
+    `ready` is its RGB and what the network takes (None: tiles), None where detection does not run;
+    `found` and `tracks` are its objects, or those of the last frame that detection ran on;
+    `encodable` is the annotated frame.
     """
 
     frame: Frame

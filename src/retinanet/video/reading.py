@@ -52,12 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """A packet of a sound stream, still encoded.
-
-    Attributes:
-        packet: PyAV's packet.
-        stream: index of its stream in :attr:`VideoReader.sounds`.
-    """
+    """A packet of PyAV, still encoded, of the sound stream `stream` of the reader's `sounds`."""
 
     packet: Any
     stream: int
