@@ -101,7 +101,7 @@ def read(tree: Tree, labels: LabelSet) -> reading.Splits:
         names = list(map(str, range(last + 1)))
     classes = reading.merge_classes(enumerate(names), file, by_id=True)
     found: reading.Splits = {
-        split: partial(_read_split, split, images, classes, tree, texts, keypoints)
+        split: partial(_read_split, split, images, classes, texts, keypoints)
         for split, images in splits.items()
     }
     return found | {split: partial(_fail, message) for split, message in missing.items()}
@@ -154,6 +154,9 @@ class _Texts:
         return self._found[image]
 
     def _find(self, image: Path) -> Path | None:
+        if not image.is_relative_to(self.tree.root):  # of a list that leads elsewhere
+            expected = self.expected(image)
+            return expected if expected.is_file() else None
         candidates = self.by_stem.get(fold(image.stem), [])
         split, folders = self.tree.split_of(image), self._folders(image)
         same = [file for file in candidates if self._folders(file) == folders]
@@ -322,7 +325,7 @@ def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
     if detect(file):
         return [image for image in tree.images if texts.of(image) == file]
     images = [image for image in _listed(file, tree) if image.is_file()]
-    return images if any(_label_of(image, tree, texts) for image in images) else []
+    return images if any(map(texts.of, images)) else []
 
 
 def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
@@ -374,16 +377,12 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
 
 
 def _read_split(
-    split: str,
-    images: list[Path],
-    classes: reading.ClassList,
-    tree: Tree,
-    texts: _Texts,
-    keypoints: bool,
+    split: str, images: list[Path], classes: reading.ClassList, texts: _Texts, keypoints: bool
 ) -> Dataset:
+    tree = texts.tree
     files = []
     problems = []
-    labels = {image: _label_of(image, tree, texts) for image in images}
+    labels = {image: texts.of(image) for image in images}
     owners: dict[Path, list[Path]] = {}
     for image, file in labels.items():
         if file is not None:
@@ -415,13 +414,6 @@ def _read_split(
             )
             problems.append(Problem("image-missing", file, None, reason, "dropped"))
     return reading.build("yolo", split, files, classes, tree, problems=problems)
-
-
-def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
-    if image.is_relative_to(tree.root):
-        return texts.of(image)
-    expected = texts.expected(image)
-    return expected if expected.is_file() else None
 
 
 def write(writing: Writing) -> None:
