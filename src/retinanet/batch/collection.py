@@ -28,8 +28,8 @@ from retinanet.batch.inputs import is_archive, list_inputs
 from retinanet.batch.store import Store
 from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_file
 from retinanet.config import check_choice
-from retinanet.data.archives import is_remote, one_line
-from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
+from retinanet.data.archives import is_remote
+from retinanet.errors import ConfigError, DataError, MissingExtraError
 from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.exported import is_exported
@@ -226,24 +226,15 @@ def _identity(
 
 def _check_plan(store: Store, plan: dict[str, Any]) -> int:
     """Compare with the folder's plan, or write it; returns the size of the folder's shards."""
+    if not store.names():
+        size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
+        plan = {**plan, "shard_size": plan["shard_size"] or size}
+        store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+        return int(plan["shard_size"])
     try:
-        names = store.names()
-        if not names:
-            size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
-            plan = {**plan, "shard_size": plan["shard_size"] or size}
-            store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-            return int(plan["shard_size"])
-        content = b"{}"
-        if PLAN in names:
-            with store.open(PLAN) as file:
-                content = file.read()
-    except RetinaNetError:
-        raise
-    except Exception as error:  # of a disk, or of any store
-        raise DataError(f"{store.address} cannot be written to: {one_line(error)}") from None
-    try:
-        old = dict(json.loads(content))
-    except (ValueError, TypeError):
+        with store.open(PLAN) as file:
+            old = dict(json.load(file))
+    except (FileNotFoundError, ValueError, TypeError):
         old = {}
     if (old.get("format"), old.get("version")) != (plan["format"], plan["version"]):
         raise ConfigError(
