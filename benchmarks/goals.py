@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from retinanet.bench import Row
-from retinanet.bench.tables import seconds
+from retinanet.bench.benchmark import seconds
 
 Goals = Mapping[tuple[str, str], Mapping[str, float]]
 

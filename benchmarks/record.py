@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also when a test loads this fi
 from goals import describe_goals, goals_of
 
 from retinanet.bench import STAGES, Machine, Row, Timing, bench, describe_machine
-from retinanet.bench.tables import figures, remarks
+from retinanet.bench.benchmark import figures, remarks
 from retinanet.files import write_atomic
 from retinanet.model.precision import choose_device
 

@@ -31,6 +31,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests marked ``slow`` first: at the end the other worker would wait for them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    gc.freeze()  # the items and the modules stay: going through them takes a second
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

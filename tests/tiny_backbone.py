@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retinanet.model.backbone import BACKBONES, Backbone
+from retinanet.model.backbone import BACKBONES
+from retinanet.model.networks import Backbone
 from retinanet.model.retinanet import RetinaNet
 
 

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from retinanet.inference.detections import ImageDetections as ImageDetections
     from retinanet.inference.detector import Detector as Detector
     from retinanet.inference.detector import load as load
-    from retinanet.losses.box import box_loss as box_loss
-    from retinanet.losses.box import distribution_focal_loss as distribution_focal_loss
     from retinanet.losses.detection import Losses as Losses
+    from retinanet.losses.detection import box_loss as box_loss
     from retinanet.losses.detection import detection_losses as detection_losses
+    from retinanet.losses.detection import distribution_focal_loss as distribution_focal_loss
     from retinanet.losses.focal import cross_entropy as cross_entropy
     from retinanet.losses.focal import focal_loss as focal_loss
     from retinanet.losses.focal import focal_loss_star as focal_loss_star
@@ -93,8 +93,12 @@ _HOMES = {
     "retinanet.exporters.run": ("export",),
     "retinanet.inference.detections": ("Failure", "ImageDetections"),
     "retinanet.inference.detector": ("Detector", "load"),
-    "retinanet.losses.box": ("box_loss", "distribution_focal_loss"),
-    "retinanet.losses.detection": ("detection_losses", "Losses"),
+    "retinanet.losses.detection": (
+        "Losses",
+        "box_loss",
+        "detection_losses",
+        "distribution_focal_loss",
+    ),
     "retinanet.losses.focal": (
         "cross_entropy",
         "focal_loss",

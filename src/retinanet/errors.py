@@ -14,6 +14,9 @@ of the core (losses, matching, ...) raise ``ValueError`` for invalid arguments, 
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class RetinaNetError(Exception):
     """Root of the exceptions of this package."""
@@ -46,3 +49,15 @@ class MissingExtraError(RetinaNetError):
         super().__init__(
             f"{package} is not installed; it comes with an extra: pip install 'retinanet[{extra}]'"
         )
+
+
+def import_extra(name: str, extra: str) -> Any:
+    """Import a module of an optional dependency.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        raise MissingExtraError(name.partition(".")[0], extra) from None

@@ -29,9 +29,9 @@ from retinanet.bench import (
     peak_memory,
     run,
 )
+from retinanet.bench.benchmark import megabytes, seconds
 from retinanet.bench.machine import describe_kernel
 from retinanet.bench.stages.networks import compare_outputs
-from retinanet.bench.tables import megabytes, seconds
 from retinanet.errors import ConfigError, MissingExtraError, RetinaNetError
 from retinanet.kernels import native
 from retinanet.structures import Outputs, flatten_levels

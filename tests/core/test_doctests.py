@@ -14,7 +14,6 @@ MODULES = [
     "anchors",
     "matching",
     "losses.focal",
-    "losses.box",
     "losses.detection",
     "postprocess",
     "structures",

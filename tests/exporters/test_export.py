@@ -25,7 +25,7 @@ from retinanet.exporters.run import SUFFIXES, calibration_inputs, export
 from retinanet.exporters.validate import TOLERANCES, Tolerance, compare, match, validate_file
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
-from retinanet.model.fpn import FeaturePyramid
+from retinanet.model.heads import FeaturePyramid
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
 from tiny_backbone import tiny_network
@@ -84,7 +84,7 @@ def copy_instead_of_converting(onnx_file: Path, patch: pytest.MonkeyPatch) -> No
         shutil.copy(onnx_file, file)
 
     patch.setattr("retinanet.exporters.run.export_program", lambda *_: None)
-    patch.setattr("retinanet.exporters.onnx.write_onnx", copy_onnx)
+    patch.setattr("retinanet.exporters.run.write_onnx", copy_onnx)
 
 
 @pytest.mark.parametrize("name", ["onnx", "raw", "openvino", "torch"])

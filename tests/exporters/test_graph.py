@@ -21,7 +21,7 @@ from retinanet.exporters.graph import (
     symbolic_network_size,
 )
 from retinanet.inference import Detector
-from retinanet.inference.detector import Prepared
+from retinanet.inference.sources import Prepared
 
 SHAPES = [(64, 64), (200, 100), (33, 400), (400, 33), (20, 24), (1, 1), (96, 64), (63, 95)]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from retinanet.inference.parallel import map_ahead, map_network, network_workers, use_cores
+from retinanet.inference.backends import map_ahead, map_network, network_workers, use_cores
 
 
 @pytest.fixture

@@ -17,11 +17,8 @@ from torch.nn import functional as F
 
 from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.model import build_retinanet
-from retinanet.model.backbone import (
-    BACKBONES,
-    Backbone,
-    build_backbone,
-)
+from retinanet.model.backbone import BACKBONES, build_backbone
+from retinanet.model.networks import Backbone
 from retinanet.model.norms import BackboneConv2d, FrozenBatchNorm2d, adapt_timm, group_norm
 
 # C2 to C5 of the published networks.

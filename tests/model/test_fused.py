@@ -18,8 +18,9 @@ from torchvision.ops import FrozenBatchNorm2d
 import retinanet as rn
 from retinanet.model import Checkpoint, norms
 from retinanet.model import fused as fused_module
-from retinanet.model.backbone import Backbone, OwnBackbone
+from retinanet.model.backbone import OwnBackbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
+from retinanet.model.networks import Backbone
 from retinanet.model.retinanet import RetinaNet
 from retinanet.training.processes import synchronize_batch_norm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from retinanet.model.fpn import FeaturePyramid
+from retinanet.model.heads import FeaturePyramid
 
 
 def _dirty_the_heap() -> None:

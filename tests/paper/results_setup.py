@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retinanet.paper.claims import collect_results
-from retinanet.paper.experiments import Claim, Experiment, Published, Row
 from retinanet.paper.results import Outcome, Result, TableResult
+from retinanet.paper.tables import Claim, Experiment, Published, Row
 
 ABOUT = {
     "command": "retinanet paper run table3 --data nuclei",

@@ -13,8 +13,8 @@ from retinanet.paper.claims import (
     evaluate_loss_shares,
     t_quantile,
 )
-from retinanet.paper.experiments import Claim, Kind, Published
 from retinanet.paper.results import ClaimResult, Outcome, Result, RowResult, Score
+from retinanet.paper.tables import Claim, Kind, Published
 
 
 def verdict(

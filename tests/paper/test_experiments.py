@@ -8,9 +8,8 @@ import pytest
 
 from retinanet.config import Recipe, load_recipe
 from retinanet.paper.claims import evaluate_claim
-from retinanet.paper.experiments import Claim, Experiment, Published
 from retinanet.paper.results import RowResult, Score
-from retinanet.paper.tables import EXPERIMENTS
+from retinanet.paper.tables import EXPERIMENTS, Claim, Experiment, Published
 
 # AP/AP50/AP75/APs/APm/APl as far as printed, then @ms; "-": no value; in the rows' order.
 PRINTED = {

@@ -13,7 +13,7 @@ from results_setup import trainings
 
 from retinanet.errors import DataError
 from retinanet.paper.claims import collect_results
-from retinanet.paper.page import claims_markdown, write_page
+from retinanet.paper.outputs import claims_markdown, write_page
 from retinanet.paper.results import Outcome, Result, TableResult
 from retinanet.paper.tables import EXPERIMENTS
 

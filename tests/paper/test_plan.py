@@ -10,7 +10,6 @@ import pytest
 from retinanet.config import Recipe, load_recipe
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, DataError
-from retinanet.paper.experiments import Experiment, Row
 from retinanet.paper.plan import (
     Plan,
     Settings,
@@ -21,7 +20,7 @@ from retinanet.paper.plan import (
     resolve,
     size_changes,
 )
-from retinanet.paper.tables import EXPERIMENTS
+from retinanet.paper.tables import EXPERIMENTS, Experiment, Row
 
 
 @pytest.fixture(scope="module")

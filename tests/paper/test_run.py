@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from retinanet.config import load_recipe
-from retinanet.errors import DataError
+from retinanet.errors import ConfigError
 from retinanet.paper.plan import Plan, Training
 from retinanet.paper.results import Result
 from retinanet.paper.run import Workers, run_plan
@@ -128,8 +128,8 @@ def test_damaged_result_fails_its_row(fake: MakeWorkers) -> None:
 
 def test_folder_of_another_command_is_an_error(fake: MakeWorkers, tmp_path: Path) -> None:
     with (
-        FileLock(tmp_path / ".lock", is_singleton=False),
-        pytest.raises(DataError, match="another command trains in this folder; wait for it"),
+        FileLock(tmp_path / ".command.lock", is_singleton=False),
+        pytest.raises(ConfigError, match="in use: another command writes to it; wait for it"),
     ):
         run_plan(plan("a"), fake("finish()"))
 

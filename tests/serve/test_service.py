@@ -434,7 +434,7 @@ def test_batch_has_one_size_and_starts_with_the_oldest_image() -> None:
         for i, data in enumerate((wide, high, wide, high, wide)):
             futures.append(pool.submit(service.post, "/v1/detect", content=data, headers=PNG))
             # The first is in the network, the others wait in this order.
-            wait_until(lambda i=i: batcher.num_running == 1 and batcher.num_decoded == i)
+            wait_until(lambda i=i: batcher.num_running == 1 and len(batcher._decoded) == i)
         finder(detector).gate.set()
         assert [future.result(120).status_code for future in futures] == 5 * [200]
     assert finder(detector).batches == [(1, 3, 64, 128), (2, 3, 128, 64), (2, 3, 64, 128)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +174,6 @@ def test_folder_of_another_search_is_an_error(tmp_path: Path, trainings: Trainin
 
 
 def test_search_without_optuna_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = builtins.__import__
-
-    def fail(name: str, *rest: Any) -> Any:
-        if name.startswith("optuna"):
-            raise ImportError(name)
-        return own(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", fail)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(MissingExtraError, match=r"retinanet\[tune\]"):
         run(tmp_path / "out", 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from retinanet.bench.tables import count
+from retinanet.bench.benchmark import count
 from retinanet.data.cpus import usable_cpus
 from retinanet.kernels import native, triton_probe
 

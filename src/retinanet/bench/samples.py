@@ -169,7 +169,11 @@ def same_networks(
             # With their initial weights the heads' outputs hardly depend on the image.
             nn.init.kaiming_normal_(layer.weight)
     nn.init.normal_(rival.head.classification_head.cls_logits.weight, std=contrast)
-    weights = {_our_name(key, network.prefix): value for key, value in rival.state_dict().items()}
+    body = f"backbone.body.{network.prefix}"
+    weights = {
+        our_name(key.replace("backbone.body.", body)): value
+        for key, value in rival.state_dict().items()
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not missing, missing
     assert all(name.endswith("num_batches_tracked") for name in unexpected), unexpected
@@ -215,10 +219,6 @@ class _TimmPyramid(nn.Module):
             {str(level): x for level, x in enumerate(self.body(x)[-3:])}
         )
         return maps
-
-
-def _our_name(key: str, prefix: str) -> str:
-    return our_name(key.replace("backbone.body.", f"backbone.body.{prefix}"))
 
 
 def torchvision_network(

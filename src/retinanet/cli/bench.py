@@ -82,7 +82,7 @@ def bench(
 
 def _note_row(row: Row) -> None:
     """Print a row on standard error."""
-    from retinanet.bench.tables import figures, remarks
+    from retinanet.bench.benchmark import figures, remarks
 
     ours, theirs, speedup, *_ = figures(row)
     texts = [ours] if row.ours else []
@@ -97,7 +97,7 @@ def print_table(stage: str, rows: list[Row]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from retinanet.bench.tables import figures
+    from retinanet.bench.benchmark import figures
 
     rivals = list(dict.fromkeys(row.rival for row in rows if row.rival))
     table = Table(

@@ -19,11 +19,11 @@ from retinanet.cli.settings import DeviceOptions, Json, option, parse_duration
 from retinanet.cli.settings import Settings as Overrides
 
 if TYPE_CHECKING:
-    from retinanet.paper.experiments import Experiment
     from retinanet.paper.outputs import Outputs, Trainings
     from retinanet.paper.plan import Plan, Settings, Training
     from retinanet.paper.results import Result
     from retinanet.paper.run import Workers
+    from retinanet.paper.tables import Experiment
     from retinanet.training.events import Event as TrainingEvent
 
 

@@ -404,7 +404,7 @@ class _TrainBatches(TorchDataset[Any]):
         if config.multi_scale:
             shorter = random.Random(f"{self.seed} side {step}").choice(config.multi_scale)
             longest = round(longest * shorter / config.image_size)
-        turns = (0,)
+        turns: tuple[int, ...] = (0,)
         if config.rotate90:  # the parity is the step's, as landscape and portrait pad each other
             turns = random.Random(f"{self.seed} turns {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
@@ -560,7 +560,7 @@ def _group(
     last = max(first, len(images) - (len(images) - first) % batch_size)
     whole = torch.tensor(images[first:last], dtype=torch.int64)
     whole = whole[ratios[whole].argsort(stable=True)]
-    batches = [batch.tolist() for batch in whole.split(batch_size)]
+    batches = [batch.tolist() for batch in torch.split(whole, batch_size)]
     draw.shuffle(batches)
     return [*images[:first], *chain.from_iterable(batches), *images[last:]]
 

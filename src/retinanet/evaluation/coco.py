@@ -34,6 +34,7 @@ _Array = NDArray[np.float64]
 # Indices into the arrays precision (T, R, K, areas, limits) and recall (T, K, areas, limits).
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 _IOU_50, _IOU_75 = 0, 5
+_RECALLS: _Array = np.linspace(0.0, 1.0, 101)
 
 _ERROR_KINDS = {
     "Cls": "classification",
@@ -218,8 +219,8 @@ def _per_class(
     precision: _Array = evaluator.eval["precision"][..., -1]
     recall: _Array = evaluator.eval["recall"][..., _ALL, -1]
     scores: _Array = evaluator.eval["scores"][_IOU_50, ..., _ALL, -1]
-    objects = _counts(truth.category_ids[~truth.ignored])
-    detected = _counts(table[:, 6].astype(np.int64))
+    objects = Counter[int](truth.category_ids[~truth.ignored].tolist())
+    detected = Counter[int](table[:, 6].astype(np.int64).tolist())
     classes = []
     for index, name, category in zip(
         _class_indices(evaluator, dataset), dataset.classes, dataset.category_ids, strict=True
@@ -243,18 +244,9 @@ def _per_class(
     return tuple(classes)
 
 
-def _counts(values: NDArray[np.int64]) -> Counter[int]:
-    unique, counts = np.unique(values, return_counts=True)
-    return Counter(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-
-
-def _recalls() -> _Array:
-    return np.linspace(0.0, 1.0, 101)
-
-
 def _f1(precision: _Array) -> _Array:
     """F1 of (R, ...) precision at the 101 recall levels."""
-    recall = _recalls().reshape(-1, *[1] * (precision.ndim - 1))
+    recall = _RECALLS.reshape(-1, *[1] * (precision.ndim - 1))
     sums = np.maximum(precision, 0) + recall
     return np.divide(
         2 * np.maximum(precision, 0) * recall, sums, out=np.zeros_like(sums), where=sums > 0
@@ -293,7 +285,7 @@ def _curves(evaluator: Any, dataset: Dataset) -> Curves:
         mean = precision[..., has_objects].mean(axis=-1)
         means = {"0.50": mean[_IOU_50], "0.75": mean[_IOU_75], "0.50:0.95": mean.mean(axis=0)}
     return Curves(
-        recall=_rounded(_recalls()),
+        recall=_rounded(_RECALLS),
         precision={iou: _rounded(values) for iou, values in means.items()},
         per_class=tuple(
             _rounded(precision[_IOU_50, :, index]) if has_objects[index] else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from retinanet.errors import DataError
 from retinanet.evaluation.coco import evaluate_detections
 from retinanet.evaluation.metrics import Metrics
 from retinanet.evaluation.results import Results
-from retinanet.inference.backends import Network, detections_of, output_anchors
+from retinanet.inference.backends import Network, detect_batch, map_network
 from retinanet.inference.detections import Failure
 from retinanet.inference.detector import Detector
-from retinanet.inference.parallel import map_network
 from retinanet.losses.detection import detection_losses
-from retinanet.postprocess import mirror_images
+from retinanet.model.retinanet import RetinaNet, output_anchors
 from retinanet.structures import Batch, Detections, Outputs, Targets, concatenate_batches
 
 _MAX_PENDING_BATCHES = 4
@@ -51,19 +51,13 @@ class Predictions:
     loss_box: float | None = None
     detections_per_image: int | None = None
 
-    @property
-    def loss(self) -> float | None:
-        """The sum of both losses; None: not computed."""
-        if self.loss_classification is None or self.loss_box is None:
-            return None
-        return self.loss_classification + self.loss_box
-
     def evaluate(self, **options: Any) -> Metrics:
         """Compute the metrics; options as for :func:`evaluate_detections`."""
+        classification, box = self.loss_classification, self.loss_box
         options = {"detections_per_image": self.detections_per_image, **options}
         return replace(
             evaluate_detections(self.results.dataset, self.results, **options),
-            loss=self.loss,
+            loss=None if classification is None or box is None else classification + box,
             loss_classification=self.loss_classification,
             loss_box=self.loss_box,
             images_per_second=self.images_per_second,
@@ -109,19 +103,14 @@ def run_inference(
         DataError: a box or score is NaN or Inf, or more than a tenth of the images are unreadable.
     """
     model = network.model
-    losses = None if loss is None else _MeanLoss(loss, model.num_classes, label_map)
-    flip_tta = settings.pop("flip_tta", False)
+    losses = None if loss is None else _MeanLoss(loss, model, label_map)
 
     @torch.inference_mode()  # several threads may call it
     def detect(batch: Batch) -> list[Detections]:
-        outputs = network(batch.images)
-        if losses is not None:
-            losses.add(outputs, output_anchors(model, outputs), batch)
-        mirrored = network(mirror_images(batch.images, batch.sizes)) if flip_tta else None
+        add_loss = None if losses is None else partial(losses.add, batch)
         sizes = batch.sizes, batch.original_sizes
-        return detections_of(
-            model, outputs, *sizes, selected=selected, mirrored=mirrored, **settings
-        )
+        options: dict[str, Any] = {"selected": selected, "on_outputs": add_loss, **settings}
+        return detect_batch(network, batch.images, *sizes, **options)
 
     predictions = run_batches(
         detect,
@@ -253,7 +242,7 @@ class _MeanLoss:
     """Mean of the loss over a data set; one device sync at the end (with mining, per batch)."""
 
     def __init__(
-        self, options: Mapping[str, Any], num_classes: int, label_map: Sequence[int] | None
+        self, options: Mapping[str, Any], model: RetinaNet, label_map: Sequence[int] | None
     ) -> None:
         self._settings = LossSettings(**options)
         self._per_image = self._settings.normalizer == "image"
@@ -261,18 +250,22 @@ class _MeanLoss:
         self._class_per_image = self._per_image or self._settings.mining != "none"
         if not self._per_image:
             self._settings = self._settings.model_copy(update={"normalizer": "batch"})
-        self._num_classes = num_classes
+        self._model = model
         self._model_labels = None if label_map is None else invert_label_map(label_map)
         self._sums: dict[int, Tensor] = {}  # by a batch's first image, as threads end in any order
 
-    def add(self, outputs: Outputs, anchors: list[Tensor], batch: Batch) -> None:
+    def add(self, batch: Batch, outputs: Outputs) -> None:
         """Add a batch."""
         targets = batch.targets
         if self._model_labels is not None:
             labels = to_model_labels(targets.labels, self._model_labels)
             targets = Targets(targets.boxes, labels)
         losses = detection_losses(
-            outputs, anchors, targets, num_classes=self._num_classes, settings=self._settings
+            outputs,
+            output_anchors(self._model, outputs),
+            targets,
+            num_classes=self._model.num_classes,
+            settings=self._settings,
         )
         foreground = _float64(losses.foreground.sum())
         images = foreground.new_tensor(len(batch.images))

@@ -26,10 +26,10 @@ from retinanet.inference.backends import (
     Thresholds,
     merge_thresholds,
     network_settings,
+    network_workers,
 )
 from retinanet.inference.detector import Detector, LoadOptions, open_model
 from retinanet.inference.exported import ExportedFile, ExportedNetwork
-from retinanet.inference.parallel import network_workers
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint
 
@@ -102,7 +102,12 @@ def evaluate(
         ConfigError, MissingExtraError: as :class:`Detector`.
     """
     if _is_results(model):
-        _reject_network_options(options)
+        names = ("precision", "backend", "calibrate")
+        if given := [name for name in names if options.get(name) not in (None, "auto")]:
+            raise ConfigError(
+                f"{', '.join(given)} given for a results file, which is evaluated without a "
+                "network: leave it out"
+            )
         source: Any = Path(model) if isinstance(model, str) else model
         results = Results.read(source, read_eval_dataset(data, split, for_results=True))
         if classes is not None:
@@ -169,15 +174,6 @@ def predict(
         options |= {**changed, **{name: thresholds[name] for name in names}}  # type: ignore[literal-required]
         predictions = run_detector(detector, dataset, tile=tile, overlap=overlap, **options)
     return replace(predictions, detections_per_image=thresholds["detections_per_image"])
-
-
-def _reject_network_options(options: EvaluationOptions) -> None:
-    names = ("precision", "backend", "calibrate")
-    if given := [name for name in names if options.get(name) not in (None, "auto")]:
-        raise ConfigError(
-            f"{', '.join(given)} given for a results file, which is evaluated without a network: "
-            "leave it out"
-        )
 
 
 def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:

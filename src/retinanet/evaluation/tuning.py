@@ -9,11 +9,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import padding_colour
@@ -33,15 +32,11 @@ from retinanet.evaluation.run import (
     read_eval_dataset,
     run_options,
 )
-from retinanet.inference.backends import (
-    Network,
-    network_settings,
-    output_anchors,
-    to_original,
-)
+from retinanet.inference.backends import Network, network_settings, to_original
 from retinanet.inference.detector import Detector
 from retinanet.inference.tiles import choose_tiling
 from retinanet.model.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, update_info
+from retinanet.model.retinanet import output_anchors
 from retinanet.postprocess import (
     Candidates,
     calibrate_scores,
@@ -287,15 +282,6 @@ def _scaled(score: float, temperature: float) -> float:
     return float(calibrate_scores(torch.tensor(score, dtype=torch.float64), temperature))
 
 
-class _Found(NamedTuple):
-    """Candidates of a batch, and sizes (B, 2) of its images."""
-
-    indices: tuple[int, ...]
-    sizes: Tensor
-    original_sizes: Tensor
-    candidates: Candidates
-
-
 class _Candidates:
     """The candidates of a data set, on the CPU, to which every kind of NMS can be applied."""
 
@@ -314,7 +300,7 @@ class _Candidates:
         # Fusion needs the most candidates.
         settings = network_settings({**thresholds, "nms": "wbf"}, detector.classes)
         flip_tta = settings.pop("flip_tta")
-        self._found: list[_Found] = []
+        self._found: list[tuple[Batch, Candidates]] = []  # the batches without pixels
 
         def detect(batch: Batch) -> list[Detections]:
             outputs = network(batch.images)
@@ -329,10 +315,9 @@ class _Candidates:
                 **settings,
             )
             candidates = Candidates(*(values.cpu() for values in candidates))
-            indices = tuple(batch.indices.tolist())
-            self._found.append(_Found(indices, batch.sizes, batch.original_sizes, candidates))
+            self._found.append((replace(batch, images=torch.empty(0)), candidates))
             nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long())
-            return [nothing] * len(indices)
+            return [nothing] * len(batch.indices)
 
         workers = options.get("workers")
         predictions = run_batches(
@@ -347,7 +332,7 @@ class _Candidates:
             progress=options.get("progress"),
         )
         self.dataset = predictions.results.dataset
-        read = sorted(index for found in self._found for index in found.indices)
+        read = sorted(index for batch, _ in self._found for index in batch.indices.tolist())
         self._positions = {index: position for position, index in enumerate(read)}
 
     def metrics(self, thresholds: Mapping[str, Any], limit: int) -> Metrics:
@@ -367,22 +352,21 @@ class _Candidates:
         images = self.dataset.images
         positions = {image: i for i, image in enumerate(range(len(images))[step])}
         results = Results(replace(self.dataset, images=images[step]), self._label_map)
-        for found in self._found:
-            candidates = found.candidates
+        for batch, candidates in self._found:
             if settings["nms"] != "wbf":
                 high = candidates.scores > lowest
                 candidates = Candidates(*(values[high] for values in candidates))
             detections = merge_candidates(
                 candidates,
-                num_images=len(found.indices),
+                num_images=len(batch.indices),
                 num_classes=self._num_classes,
                 **settings,
             )
             for index, own, size, original in zip(
-                found.indices,
+                batch.indices.tolist(),
                 detections,
-                found.sizes.tolist(),
-                found.original_sizes.tolist(),
+                batch.sizes.tolist(),
+                batch.original_sizes.tolist(),
                 strict=True,
             ):
                 if (position := positions.get(self._positions[index])) is not None:

@@ -8,7 +8,10 @@ number. Tests compare the two.
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
+import zipfile
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
@@ -19,9 +22,11 @@ from torchvision.ops import nms
 from retinanet.anchors import anchor_grid, cell_anchors
 from retinanet.boxes import clip_boxes, decode_boxes
 from retinanet.data.images import padding_colour
+from retinanet.errors import ConfigError
 from retinanet.inference.backends import Thresholds, merge_thresholds, to_original
 from retinanet.inference.detector import Detector
-from retinanet.inference.openvino_backend import any_size
+from retinanet.inference.exported import TEXT_KEY
+from retinanet.inference.openvino_backend import any_size, quiet
 from retinanet.model.fused import fused_copy
 from retinanet.structures import Outputs, flatten_level
 
@@ -291,3 +296,37 @@ def export_program(detector: Detector, to: str, form: str) -> torch.export.Expor
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program
+
+
+def write_torch(
+    program: torch.export.ExportedProgram, file: Path, text: str, *, compiled: bool
+) -> None:
+    """Write a program for ``torch.export.load``, with the text in ``extra/retinanet``.
+
+    `compiled`: as machine code for this CPU, for ``aoti_load_package``; needs a C++ compiler.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from torch
+        if not compiled:
+            torch.export.save(program, file, extra_files={TEXT_KEY: text})
+            return
+        try:
+            with quiet():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        except Exception as error:
+            if "compiler" not in f"{type(error).__name__} {error}".lower():
+                raise
+            raise ConfigError(
+                "--aot needs a working C++ compiler: "
+                f"{str(error).strip().splitlines()[0]}; export without --aot"
+            ) from None
+    # Drop the generated C++ sources, which contain paths of this machine.
+    stripped = file.with_suffix(".stripped")
+    with zipfile.ZipFile(file) as package, zipfile.ZipFile(stripped, "w") as out:
+        for entry in package.infolist():
+            if not entry.filename.endswith(".cpp"):
+                with package.open(entry) as source, out.open(entry.filename, "w") as target:
+                    shutil.copyfileobj(source, target)
+        root = package.namelist()[0].split("/")[0]
+        out.writestr(f"{root}/extra/{TEXT_KEY}", text)
+    stripped.replace(file)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack
@@ -20,8 +18,10 @@ from retinanet.data import read_dataset
 from retinanet.data.dataset import Dataset
 from retinanet.data.images import pad_batch, padding_colour
 from retinanet.data.selection import labels_of
-from retinanet.errors import ConfigError, DataError, ImageError, MissingExtraError, WeightsError
-from retinanet.exporters.graph import export_program
+from retinanet.errors import ConfigError, DataError, ImageError, WeightsError, import_extra
+from retinanet.exporters.graph import export_program, write_torch
+from retinanet.exporters.onnx import write_onnx
+from retinanet.exporters.openvino import write_openvino
 from retinanet.exporters.validate import TOLERANCES, ExportReport, parts_of, spread, validate_file
 from retinanet.files import write_atomic
 from retinanet.inference.backends import Thresholds
@@ -123,16 +123,10 @@ def export(
         program = export_program(detector, to, form)
         progress("compiling, which takes minutes" if to == "aotinductor" else "writing the file")
         if to in ("torch", "aotinductor"):
-            from retinanet.exporters.torch import write_torch
-
             write_torch(program, draft, text, compiled=to == "aotinductor")
         else:
-            from retinanet.exporters.onnx import write_onnx
-
             write_onnx(program, draft.with_suffix(".onnx"), text)
         if to == "openvino":
-            from retinanet.exporters.openvino import write_openvino
-
             calibration = calibration_inputs(detector, calibrate) if precision == "int8" else None
             write_openvino(draft, text, precision, calibration)
     progress("comparing with the network")
@@ -181,10 +175,7 @@ def _check_options(to: str, precision: str, calibrate: Any, images: int) -> None
     if images < 1:
         raise ConfigError(f"images must be 1 or more, got {images}")
     for package, extra in {**_PACKAGES.get(to, {}), **_PACKAGES.get(precision, {})}.items():
-        try:
-            import_module(package)
-        except ImportError:
-            raise MissingExtraError(package, extra) from None
+        import_extra(package, extra)
 
 
 def _check_detector(detector: Detector, to: str, form: str) -> None:
@@ -242,14 +233,10 @@ def _draft(file: Path, report_file: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             draft = Path(folder) / file.name
             yield draft
-            written = parts_of(draft)
-            for path in written:
-                with path.open("r+b") as opened:
-                    os.fsync(opened.fileno())
             # Two files cannot be renamed at once: without the .xml, the .bin is not used.
             for old in (file, report_file):
                 old.unlink(missing_ok=True)
-            for path in reversed(written):
+            for path in reversed(parts_of(draft)):
                 path.replace(file.with_name(path.name))
     except OSError as error:
         raise WeightsError(f"cannot write {file}: {error}") from None

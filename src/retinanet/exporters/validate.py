@@ -21,8 +21,9 @@ from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluation.run import evaluate, read_eval_dataset
 from retinanet.inference.backends import Thresholds
-from retinanet.inference.detector import Detector, Prepared
+from retinanet.inference.detector import Detector
 from retinanet.inference.exported import ExportedNetwork, read_exported
+from retinanet.inference.sources import Prepared
 from retinanet.structures import Detections
 
 _MIN_IOU = 0.5  # of matched boxes

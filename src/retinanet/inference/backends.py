@@ -1,4 +1,4 @@
-"""Networks for inference: precision and backend, and from a batch of images to detections.
+"""Networks for inference: precision, backend and threads; from a batch of images to detections.
 
 Three backends give the same outputs: ``torch`` (:mod:`retinanet.model.fused`), ``compile`` (through
 torch.compile; compiling takes half a minute per image size) and ``openvino`` (an extra, with int8).
@@ -6,21 +6,24 @@ torch.compile; compiling takes half a minute per image size) and ``openvino`` (a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Unpack, cast, get_args
+from itertools import islice
+from typing import Any, Literal, TypeVar, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.anchors import level_anchors
 from retinanet.config import build_recipe, check_choice, nearest
 from retinanet.errors import ConfigError
 from retinanet.model.fused import can_pack, fused_copy
-from retinanet.model.precision import DTYPES, Precision, autocast, choose_dtype
-from retinanet.model.retinanet import RetinaNet
+from retinanet.model.precision import NAMES, Precision, autocast, choose_dtype
+from retinanet.model.retinanet import RetinaNet, output_anchors
 from retinanet.postprocess import PostprocessSettings, mirror_images, postprocess
 from retinanet.structures import Detections, Outputs
 
@@ -33,7 +36,12 @@ Sides = Tensor | tuple[int, int] | list[int]
 DETECTION_SCORE = 0.3
 """Minimum score of a detection in a class without an own threshold; evaluation uses .05."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_WORKERS = 4  # threads that run a network; each has the feature maps of a batch in memory
+
+_setting_cores = threading.Lock()
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Thresholds(PostprocessSettings, total=False):
@@ -168,7 +176,7 @@ def build_network(
     if backend == "auto":
         backend = "openvino" if precision == "int8" else "torch"
     if not isinstance(model, RetinaNet):
-        name = _NAMES[choose_dtype(precision, device)]
+        name = NAMES[choose_dtype(precision, device)]
         run = partial(_run_autocast, model.eval().to(device), name, device)
         return Network(model, device, name, "torch", f"torch on {device.type}, {name}", run)
     if backend == "openvino":
@@ -179,7 +187,7 @@ def build_network(
     model.eval().to(device)
     is_compiled = backend == "compile"
     fused = fused_copy(model, dtype, pack=not is_compiled)
-    details = [f"torch on {device.type}", _NAMES[dtype]]
+    details = [f"torch on {device.type}", NAMES[dtype]]
     if _has_batch_norm(model) and not _has_batch_norm(fused):
         details.append("batch norm folded")
     if is_compiled:
@@ -187,7 +195,7 @@ def build_network(
     elif device.type == "cpu" and can_pack(dtype):
         details.append("oneDNN with fused activations")
     run = _Compiled(fused, device) if is_compiled else fused
-    return Network(model, device, _NAMES[dtype], backend, ", ".join(details), run)
+    return Network(model, device, NAMES[dtype], backend, ", ".join(details), run)
 
 
 def _openvino(
@@ -201,7 +209,7 @@ def _openvino(
     from retinanet.inference.openvino_backend import openvino_network
 
     if precision == "auto":
-        precision = _NAMES[choose_dtype("auto", device)]
+        precision = NAMES[choose_dtype("auto", device)]
     run = openvino_network(model.eval().to(device), precision, calibration)
     description = f"OpenVINO, {precision}"
     if run.deviation is not None:
@@ -257,6 +265,7 @@ def detect_batch(
     *,
     selected: Sequence[int] | None = None,
     flip_tta: bool = False,
+    on_outputs: Callable[[Outputs], None] | None = None,
     **settings: Unpack[PostprocessSettings],
 ) -> list[Detections]:
     """Detect the objects in a batch.
@@ -268,42 +277,22 @@ def detect_batch(
         original_sizes: (B, 2) height and width of each image before resizing.
         selected: labels to detect; None: all.
         flip_tta: run the network on the mirrored images too.
+        on_outputs: called with the outputs for `images`, before they are post-processed.
         settings: those that differ from the defaults.
 
     Returns:
         For each image its detections, in pixels of the original image and clipped to it.
     """
     outputs = network(images)
-    mirrored = network(mirror_images(images, sizes)) if flip_tta else None
-    return detections_of(
-        network.model,
-        outputs,
-        sizes,
-        original_sizes,
-        selected=selected,
-        mirrored=mirrored,
-        **settings,
-    )
-
-
-def detections_of(
-    model: RetinaNet,
-    outputs: Outputs,
-    sizes: Tensor,
-    original_sizes: Tensor,
-    *,
-    selected: Sequence[int] | None = None,
-    mirrored: Outputs | None = None,
-    **settings: Unpack[PostprocessSettings],
-) -> list[Detections]:
-    """Post-process outputs that are already computed; otherwise as :func:`detect_batch`."""
+    if on_outputs is not None:
+        on_outputs(outputs)
     found = postprocess(
         outputs,
-        output_anchors(model, outputs),
+        output_anchors(network.model, outputs),
         sizes,
-        num_classes=model.num_classes,
+        num_classes=network.model.num_classes,
         selected=selected,
-        mirrored=mirrored,
+        mirrored=network(mirror_images(images, sizes)) if flip_tta else None,
         **settings,
     )
     return [
@@ -312,12 +301,6 @@ def detections_of(
             found, sizes.tolist(), original_sizes.tolist(), strict=True
         )
     ]
-
-
-def output_anchors(model: RetinaNet, outputs: Outputs) -> list[Tensor]:
-    """Return the anchors of outputs, by level."""
-    feature_sizes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-    return level_anchors(model.anchors, feature_sizes, device=outputs.logits[0].device)
 
 
 def group_by(images: Sequence[Tensor], key: Callable[[Tensor], Hashable]) -> list[list[int]]:
@@ -339,3 +322,71 @@ def to_original(boxes: Tensor, size: Sides, original_size: Sides) -> Tensor:
     limit = before.flip(0).repeat(2)
     scaled = boxes * scale.to(boxes.dtype).to(boxes.device)
     return torch.minimum(scaled.clamp(min=0), limit.to(boxes.dtype).to(boxes.device))
+
+
+# --- several threads ------------------------------------------------------------------------------
+
+
+def network_workers(network: Any) -> int:
+    """Return the number of threads that run a network at once: with torch on a CPU several.
+
+    On a CPU that is faster than each image on all cores: the cores of one convolution wait for each
+    other at its end, and long where one of them has other work; those of different images do not.
+    """
+    on_cpu = network.device.type == "cpu" and network.backend == "torch"
+    return min(_MAX_WORKERS, torch.get_num_threads()) if on_cpu else 1
+
+
+def use_cores(cores: int) -> None:
+    """Set the number of cores that torch uses in the calling thread; not in others."""
+    # Setting it also sets the default of new threads: that is read and set again in a new thread,
+    # as running threads keep their number.
+    with _setting_cores, ThreadPoolExecutor(1) as new_thread:
+        default = new_thread.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # a thread takes the default at its first use
+        torch.set_num_threads(cores)
+        new_thread.submit(torch.set_num_threads, default).result()
+
+
+def map_ahead(
+    call: Callable[[_T], _R], items: Iterable[_T], workers: int, *, cores: int = 1, ahead: int = 0
+) -> Iterator[_R]:
+    """Yield the results of the calls in order, made in threads; the first is made in this one.
+
+    So it does not wait for the second item of a live source, and a single image has all cores.
+
+    Args:
+        call: may be called by several threads at once.
+        items: taken in the calling thread; after the first at most `workers + ahead` before they
+            are needed.
+        workers: number of threads.
+        cores: number of cores that torch uses in each.
+        ahead: further items that are taken early.
+    """
+    items = iter(items)
+    for first in islice(items, 1):
+        yield call(first)
+        del first  # it may be a huge image
+    pending: deque[Future[_R]] = deque()
+    with ThreadPoolExecutor(workers, "map", initializer=use_cores, initargs=(cores,)) as pool:
+        try:
+            while True:
+                taken = islice(items, workers + ahead - len(pending))
+                pending.extend(pool.submit(call, item) for item in taken)
+                if not pending:
+                    return
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def map_network(
+    network: Any, call: Callable[[_T], _R], items: Iterable[_T], *, ahead: int = 0
+) -> Iterator[_R]:
+    """Yield the results of calls that run a network, in order; its workers share the cores."""
+    workers = network_workers(network)
+    if workers == 1:
+        return map(call, items)
+    cores = torch.get_num_threads() // workers
+    return map_ahead(call, items, workers, cores=cores, ahead=ahead)

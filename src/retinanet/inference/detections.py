@@ -24,7 +24,7 @@ from torch import Tensor
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import ValueRange, read_image
 from retinanet.data.windows import Windows, open_windows
-from retinanet.errors import DataError, MissingExtraError
+from retinanet.errors import DataError, import_extra
 from retinanet.files import write_atomic
 from retinanet.structures import Detections
 
@@ -231,10 +231,7 @@ class ImageDetections(Detections):
         Raises:
             MissingExtraError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingExtraError("pandas", "pandas") from None
+        pandas = import_extra("pandas", "pandas")
         return pandas.DataFrame(self.to_rows(), columns=list(COLUMNS))
 
     def _repr_html_(self) -> str:
@@ -333,10 +330,7 @@ def to_supervision(
         MissingExtraError: supervision is not installed.
         ValueError: the numbers of tracks and objects differ.
     """
-    try:
-        import supervision
-    except ImportError:
-        raise MissingExtraError("supervision", "supervision") from None
+    supervision = import_extra("supervision", "supervision")
     classes = objects.classes or None if classes is None else classes
     if tracks is not None and len(tracks) != len(objects):
         raise ValueError(f"{len(tracks)} tracks of {len(objects)} objects")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,6 +32,8 @@ from retinanet.inference.backends import (
     detect_batch,
     detection_thresholds,
     group_by,
+    map_ahead,
+    map_network,
     merge_thresholds,
     network_settings,
     to_original,
@@ -45,15 +47,8 @@ from retinanet.inference.exported import (
     is_exported,
     read_exported,
 )
-from retinanet.inference.parallel import map_ahead, map_network
-from retinanet.inference.sources import Source, find_sources, is_single, iter_sources
-from retinanet.inference.tiles import (
-    Part,
-    Piece,
-    choose_tiling,
-    cut_images,
-    merge_parts,
-)
+from retinanet.inference.sources import Prepared, Source, find_sources, is_single, iter_sources
+from retinanet.inference.tiles import Part, Piece, choose_tiling, cut_images, merge_parts
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
 from retinanet.model.precision import choose_device
 from retinanet.model.retinanet import RetinaNet
@@ -70,21 +65,6 @@ class LoadOptions(Thresholds, total=False):
     calibrate: Any
     image_size: int | None
     max_size: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An image at the network's size.
-
-    Attributes:
-        pixels: (3, h, w) uint8 RGB, resized for the network.
-        size: (height, width) of the original image, pixels.
-        original: (3, height, width) uint8 RGB, where it was read at full size and is to be kept.
-    """
-
-    pixels: Tensor
-    size: tuple[int, int]
-    original: Tensor | None = None
 
 
 class Detector:
@@ -348,7 +328,8 @@ class Detector:
         found: dict[int, Detections] = {}
         # Padding affects the features: padded to the largest image of a batch, the scores of an
         # image would depend on the others.
-        for indices in group_by(images, _padded_size):
+        divisor = RetinaNet.size_divisor
+        for indices in group_by(images, lambda x: tuple(-(-side // divisor) for side in _sides(x))):
             batch, sizes = pad_batch([images[i] for i in indices], fill=self._fill)
             original_sizes = torch.tensor([prepared[i].size for i in indices])
             results = detect_batch(
@@ -403,40 +384,41 @@ class Detector:
                 continue  # reported when detection reads it
             yield pad_batch([image], fill=self._fill)[0]
 
-    def _read(self, piece: Piece, *, keep_pixels: bool) -> _Read:
+    def _read(self, piece: Piece, *, keep_pixels: bool) -> Piece:
         """Read and resize a piece; a failure is recorded in its image."""
         image = piece.image
-        if image.failure is not None or image.source is None:
-            return piece, None
+        if image.failure is not None:
+            return piece
         try:
-            windows = image.windows
-            if windows is None:
-                return piece, self.prepare(image.source, keep_pixels=keep_pixels)
-            if piece.window is not None:
-                return piece, self.prepare(windows.read(piece.window))
-            sides = network_size(*windows.size, self.image_size, self.max_size)
-            return piece, Prepared(windows.reduced(*sides), windows.size)
+            if image.windows is None:
+                piece.prepared = self.prepare(image.source, keep_pixels=keep_pixels)
+            elif piece.window is not None:
+                piece.prepared = self.prepare(image.windows.read(piece.window))
+            else:
+                size = image.windows.size
+                sides = network_size(*size, self.image_size, self.max_size)
+                piece.prepared = Prepared(image.windows.reduced(*sides), size)
         except Exception as error:  # whatever a decoder raises: it is reported, not swallowed
             image.failure = image.source.failure(error)
-            return piece, None
+        return piece
 
-    def _detect_batch(self, thresholds: Thresholds, batch: _Batch) -> _Detected:
+    def _detect_batch(self, thresholds: Thresholds, batch: list[Piece]) -> list[Piece]:
         """Detect in the pieces that could be read."""
-        images = [prepared for _, prepared in batch if prepared is not None]
+        images = [piece.prepared for piece in batch if piece.prepared is not None]
         results = iter(self.detect_prepared(images, **thresholds))
-        return [
-            (piece, prepared, None if prepared is None else next(results))
-            for piece, prepared in batch
-        ]
+        for piece in batch:
+            if piece.prepared is not None:
+                piece.objects = next(results)
+        return batch
 
     def _merge_pieces(
-        self, batch: _Detected, thresholds: Thresholds, max_detections: int | None
+        self, batch: list[Piece], thresholds: Thresholds, max_detections: int | None
     ) -> Iterator[ImageDetections | Failure]:
         """Merge detections of pieces; images in tiles keep `max_detections` boxes (None: all)."""
-        for piece, prepared, objects in batch:
+        for piece in batch:
             image = piece.image
-            if objects is not None:
-                image.parts.append(Part(piece.window, objects))
+            if piece.objects is not None:
+                image.parts.append(Part(piece.window, piece.objects))
             if image.failure is not None:
                 image.parts.clear()
             if not piece.is_last:
@@ -444,10 +426,10 @@ class Detector:
             if image.failure is not None:
                 yield image.failure
                 continue
-            assert image.source is not None
             if image.windows is None:
-                assert prepared is not None
-                objects, size, pixels = image.parts[0].objects, prepared.size, prepared.original
+                assert piece.prepared is not None
+                size, pixels = piece.prepared.size, piece.prepared.original
+                objects = image.parts[0].objects
             else:
                 # Tiles are merged by hard NMS, for which another kind's threshold is not meant.
                 hard = merge_thresholds(thresholds, {"nms": "hard"})
@@ -499,18 +481,12 @@ def open_model(path_or_name: str | Path) -> Checkpoint | ExportedFile:
     return load_checkpoint(path_or_name)
 
 
-_Read = tuple[Piece, Prepared | None]
-"""A piece and its pixels; None: its image failed."""
-_Batch = list[_Read]
-_Detected = list[tuple[Piece, Prepared | None, Detections | None]]
-
-
-def _batches(pieces: Iterator[_Read], batch_size: int) -> Iterator[_Batch]:
+def _batches(pieces: Iterator[Piece], batch_size: int) -> Iterator[list[Piece]]:
     """Group pieces into batches of `batch_size` readable ones."""
-    batch: _Batch = []
-    for read in pieces:
-        batch.append(read)
-        ready = sum(prepared is not None for _, prepared in batch)
+    batch: list[Piece] = []
+    for piece in pieces:
+        batch.append(piece)
+        ready = sum(piece.prepared is not None for piece in batch)
         # Failures wait only for the images before them, and their number is bounded.
         if ready in (0, batch_size) or len(batch) - ready > _MAX_FAILURES_WAITING:
             yield batch
@@ -521,12 +497,6 @@ def _batches(pieces: Iterator[_Read], batch_size: int) -> Iterator[_Batch]:
 
 def _sides(pixels: Tensor) -> tuple[int, int]:
     return pixels.shape[-2], pixels.shape[-1]
-
-
-def _padded_size(pixels: Tensor) -> tuple[int, ...]:
-    """Return height and width padded to multiples of the network's divisor."""
-    divisor = RetinaNet.size_divisor
-    return tuple(-(-side // divisor) * divisor for side in _sides(pixels))
 
 
 def _sizes(

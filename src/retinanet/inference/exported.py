@@ -23,7 +23,7 @@ from torch import Tensor
 from retinanet.anchors import feature_sizes
 from retinanet.config import build_recipe
 from retinanet.data.image_files import network_size
-from retinanet.errors import ConfigError, MissingExtraError, WeightsError
+from retinanet.errors import ConfigError, MissingExtraError, WeightsError, import_extra
 from retinanet.inference.backends import (
     Thresholds,
     group_by,
@@ -139,7 +139,8 @@ def choose_exported_device(file: ExportedFile, name: str | torch.device) -> torc
     if device.type == "cpu":
         return device
     if file.target == "onnx" and device.type == "cuda":
-        if _onnx_has_cuda():
+        onnxruntime = import_extra("onnxruntime", "onnx")
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             return device
         problem = "this onnxruntime runs {} on the CPU alone, the device is {}: "
         remedy = "pip install onnxruntime-gpu, or give --device cpu"
@@ -296,10 +297,7 @@ class ExportedNetwork:
 
 
 def _onnx_session(path: Path, providers: list[Any], *, optimize: bool) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx") from None
+    onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -311,12 +309,6 @@ def _onnx_session(path: Path, providers: list[Any], *, optimize: bool) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # own types and RuntimeError for a damaged file
         _reject(path, f"it cannot be read as ONNX: {error}")
-
-
-def _onnx_has_cuda() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _onnx_text(path: Path) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
-from retinanet.errors import ConfigError, MissingExtraError
+from retinanet.errors import ConfigError, import_extra
 from retinanet.model.fused import fused_copy
 from retinanet.model.precision import choose_dtype
 from retinanet.model.retinanet import RetinaNet
@@ -81,11 +81,7 @@ def openvino_core() -> Any:
     OpenVINO 2026.4 sets a signal stack for the thread that first uses a core, and frees it with
     the core: the next signal, such as that of Ctrl-C or of a data loader, crashes the process.
     """
-    try:
-        import openvino
-    except ImportError:
-        raise MissingExtraError("openvino", "openvino") from None
-    return _core(openvino)
+    return _core(import_extra("openvino", "openvino"))
 
 
 @cache
@@ -212,23 +208,17 @@ def quantize(
             16 bits, which saturate: set it for a model that may run on one. It costs half a step of
             rounding in the weights. Source: NNCF, ``OverflowFix``.
     """
-    try:
-        import nncf
-        from nncf.quantization.advanced_parameters import (
-            AdvancedQuantizationParameters,
-            OverflowFix,
-        )
-    except ImportError:
-        raise MissingExtraError("nncf", "openvino") from None
+    nncf = import_extra("nncf", "openvino")
+    advanced = import_extra("nncf.quantization.advanced_parameters", "openvino")
     arrays = [image.numpy() for image in images]
-    fix = OverflowFix.ENABLE if overflow_fix else OverflowFix.DISABLE
+    fix = advanced.OverflowFix.ENABLE if overflow_fix else advanced.OverflowFix.DISABLE
     with quiet():
         return nncf.quantize(
             model,
             nncf.Dataset(arrays),
             subset_size=len(arrays),
             ignored_scope=nncf.IgnoredScope(names=sorted(exact)),
-            advanced_parameters=AdvancedQuantizationParameters(overflow_fix=fix),
+            advanced_parameters=advanced.AdvancedQuantizationParameters(overflow_fix=fix),
         )
 
 
@@ -252,19 +242,14 @@ def _convolution_before(output: Any) -> str:
     return str(node.get_friendly_name())
 
 
-@contextlib.contextmanager
-def any_size() -> Iterator[None]:
+def any_size() -> contextlib.AbstractContextManager[object]:
     """Keep torch.export from concluding from the example that a map is larger than one cell."""
     name = "backed_size_oblivious"  # private: a torch without it does not need it
-    before = getattr(fx_config, name, None)
-    if before is None:
-        yield
-        return
-    setattr(fx_config, name, True)
-    try:
-        yield
-    finally:
-        setattr(fx_config, name, before)
+    config: Any = fx_config
+    if not hasattr(config, name):
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[object] = config.patch(name, True)
+    return patched
 
 
 @contextlib.contextmanager

@@ -94,6 +94,21 @@ class Source:
         return Failure(path, " ".join(reason.split()), error)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image at the network's size.
+
+    Attributes:
+        pixels: (3, h, w) uint8 RGB, resized for the network.
+        size: (height, width) of the original image, pixels.
+        original: (3, height, width) uint8 RGB, where it was read at full size and is to be kept.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    original: Tensor | None = None
+
+
 def is_url(given: Any) -> bool:
     """Return whether `given` is an http:// or https:// address."""
     return isinstance(given, str) and given.lower().startswith(("http://", "https://"))
@@ -335,15 +350,10 @@ def _file_of(source: Source | Failure) -> str | None:
 
 
 def _without_repeats(found: Iterable[Source | Failure]) -> list[Source | Failure]:
-    kept: list[Source | Failure] = []
-    seen: set[str] = set()
+    first: dict[str | int, Source | Failure] = {}
     for source in found:
-        file = _file_of(source)
-        if file is None or file not in seen:
-            kept.append(source)
-        if file is not None:
-            seen.add(file)
-    return kept
+        first.setdefault(_file_of(source) or id(source), source)
+    return list(first.values())
 
 
 def _distinct(found: list[Source | Failure]) -> list[Source | Failure]:

@@ -13,7 +13,7 @@ from retinanet.data.tiling import MIN_TILE, tile_windows
 from retinanet.data.windows import Window, Windows
 from retinanet.errors import ConfigError
 from retinanet.inference.detections import Failure
-from retinanet.inference.sources import Source
+from retinanet.inference.sources import Prepared, Source
 from retinanet.postprocess import suppress
 from retinanet.structures import Detections
 
@@ -59,7 +59,7 @@ class Tiled:
         failure: why detection does not continue.
     """
 
-    source: Source | None
+    source: Source
     windows: Windows | None = None
     parts: list[Part] = field(default_factory=list)
     failure: Failure | None = None
@@ -73,11 +73,15 @@ class Piece:
         image: the image.
         window: the tile; None: the whole image.
         is_last: no part of this image follows.
+        prepared: its pixels, once they are read.
+        objects: its detections, in pixels of the part.
     """
 
     image: Tiled
     window: Window | None = None
     is_last: bool = True
+    prepared: Prepared | None = None
+    objects: Detections | None = None
 
 
 def check_tiling(tile: int | str | None, overlap: float | None) -> None:
@@ -148,12 +152,11 @@ def cut_images(
 ) -> Iterator[Piece]:
     """Yield each image whole and then in tiles; whole only if `side` is None or it is smaller.
 
-    A source that fails is a piece without a source. After :attr:`Tiled.failure` is set, at most
-    one more tile of the image is yielded: its last.
+    After :attr:`Tiled.failure` is set, at most one more tile of the image is yielded: its last.
     """
     for source in sources:
         if isinstance(source, Failure):
-            yield Piece(Tiled(None, failure=source))
+            yield Piece(Tiled(Source(None, source.source), failure=source))
             continue
         if side is None:
             yield Piece(Tiled(source))

@@ -28,6 +28,7 @@ from retinanet import __version__
 from retinanet.config import check_choice
 from retinanet.data.drawing import PALETTE
 from retinanet.files import open_atomic, write_atomic
+from retinanet.inference.backends import use_cores
 from retinanet.inference.detections import (
     COLUMNS,
     Failure,
@@ -35,7 +36,6 @@ from retinanet.inference.detections import (
     encode_image,
 )
 from retinanet.inference.manifest import OutputFolder
-from retinanet.inference.parallel import use_cores
 
 Write = Callable[[Any], None]
 """Takes an :class:`ImageDetections`; that of JSON and of :func:`open_outputs` also a Failure."""

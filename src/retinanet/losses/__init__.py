@@ -1,12 +1,14 @@
 """Losses: classification (Lin et al. 2017, Sec. 3), boxes, and both for a detector's outputs."""
 
 from retinanet.losses.assignment import Assignment, assign_anchors
-from retinanet.losses.box import BOX_LOSSES, box_loss, distribution_focal_loss
 from retinanet.losses.detection import (
+    BOX_LOSSES,
     RUNNING_START,
     Losses,
+    box_loss,
     classification_loss,
     detection_losses,
+    distribution_focal_loss,
     update_running,
 )
 from retinanet.losses.focal import (

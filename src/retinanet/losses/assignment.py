@@ -89,14 +89,7 @@ def assign_anchors(
     all_anchors = torch.cat(list(anchors))
     soft = settings.classification in QUALITY_LOSSES
     if settings.assignment == "iou":
-        matches = match_anchors(
-            all_anchors,
-            targets,
-            foreground_iou=settings.foreground_iou,
-            background_iou=settings.background_iou,
-            low_quality_matches=settings.low_quality_matches,
-        )
-        scores = None
+        matches, scores = match_by_iou(all_anchors, targets, settings), None
     elif is_own(settings.assignment):
         matches, scores = own.match(settings.assignment, all_anchors, targets, outputs), None
         # The user's function may match ignored regions and padding like objects.
@@ -132,24 +125,23 @@ def assign_anchors(
     return Assignment(matches, scores)
 
 
+def match_by_iou(anchors: Tensor, targets: Targets, settings: LossSettings) -> Tensor:
+    """Match anchors (R, 4) by the thresholds of the settings: (B, R)."""
+    return match_anchors(
+        anchors,
+        targets,
+        foreground_iou=settings.foreground_iou,
+        background_iou=settings.background_iou,
+        low_quality_matches=settings.low_quality_matches,
+    )
+
+
 class _Objects(NamedTuple):
     """Objects of images: boxes (B, M, 4), labels (B, M), and which of them are objects (B, M)."""
 
     boxes: Tensor
     labels: Tensor
     usable: Tensor
-
-
-class _Candidates(NamedTuple):
-    """Anchors near each object, by level and then by distance: all (B, M, C).
-
-    Attributes:
-        anchors: index 0..R-1.
-        inside: whether the anchor's centre is in the object, which exists.
-    """
-
-    anchors: Tensor
-    inside: Tensor
 
 
 def _objects(boxes: Tensor, labels: Tensor) -> _Objects:
@@ -174,29 +166,28 @@ def _assign(
         return matches, matches.new_zeros(matches.shape, dtype=torch.float32)
     aligned = settings.assignment == "task_aligned"
     shapes = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-    candidates = _find_candidates(
+    index, inside = _find_candidates(
         anchors, shapes, objects, _ALIGNED_CELLS if aligned else settings.candidates
     )
-    boxes = torch.cat(list(anchors))[candidates.anchors]
+    boxes = torch.cat(list(anchors))[index]
     if not aligned:
         iou = box_iou(boxes, objects.boxes[:, :, None])
         threshold = iou.mean(dim=-1, keepdim=True) + iou.std(dim=-1, keepdim=True)
-        positive = candidates.inside & (iou >= threshold)
-        matches, _ = _resolve(candidates.anchors, positive, iou, rows)
+        matches, _ = _resolve(index, inside & (iou >= threshold), iou, rows)
         return matches, iou.new_zeros(matches.shape)
     image = torch.arange(images, device=boxes.device)[:, None, None]
-    deltas = flatten_levels(outputs.deltas, 4)[image, candidates.anchors]
+    deltas = flatten_levels(outputs.deltas, 4)[image, index]
     iou = box_iou(decode_boxes(deltas, boxes), objects.boxes[:, :, None])
-    score = _own_logits(outputs.logits, candidates.anchors, objects.labels, num_classes).sigmoid()
-    alignment = (score * iou**settings.task_beta).masked_fill(~candidates.inside, -1)
+    score = _own_logits(outputs.logits, index, objects.labels, num_classes).sigmoid()
+    alignment = (score * iou**settings.task_beta).masked_fill(~inside, -1)
     count = min(settings.task_topk, alignment.shape[-1])
     lowest = alignment.topk(count, dim=-1).values[..., -1:]
-    positive = candidates.inside & (alignment >= lowest) & (alignment > 0)
-    matches, final = _resolve(candidates.anchors, positive, iou, rows)
+    positive = inside & (alignment >= lowest) & (alignment > 0)
+    matches, final = _resolve(index, positive, iou, rows)
     highest = [values.where(final, 0).amax(dim=-1, keepdim=True) for values in (alignment, iou)]
     target = alignment / highest[0].clamp(min=1e-30) * highest[1]
     scores = iou.new_zeros(matches.shape).scatter_reduce(
-        1, candidates.anchors.flatten(1), target.where(final, 0).flatten(1), reduce="amax"
+        1, index.flatten(1), target.where(final, 0).flatten(1), reduce="amax"
     )
     return matches, scores
 
@@ -206,8 +197,13 @@ def _find_candidates(
     shapes: Sequence[tuple[int, int]],
     objects: _Objects,
     cells: int,
-) -> _Candidates:
-    """Find the anchors of the `cells` nearest cells of each level."""
+) -> tuple[Tensor, Tensor]:
+    """Find the anchors of the `cells` nearest cells of each level.
+
+    Returns:
+        (B, M, C) indices 0..R-1, by level and then by distance, and (B, M, C) whether the anchor's
+        centre is in the object, which exists.
+    """
     x1, y1, x2, y2 = objects.boxes.unbind(-1)
     indices: list[Tensor] = []
     insides: list[Tensor] = []
@@ -233,7 +229,7 @@ def _find_candidates(
         insides.append(inside[..., None].expand(*inside.shape, per_cell).flatten(2))
         first += len(boxes)
     inside = torch.cat(insides, dim=-1) & objects.usable[..., None]
-    return _Candidates(torch.cat(indices, dim=-1), inside)
+    return torch.cat(indices, dim=-1), inside
 
 
 def _nearest_cells(x: Tensor, y: Tensor, centre_x: Tensor, centre_y: Tensor, count: int) -> Tensor:

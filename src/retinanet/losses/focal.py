@@ -567,8 +567,7 @@ def _value_and_slope(
 def _loss(
     logits: Tensor, targets: Tensor, formula: Formula, alpha: Alpha, reduction: Reduction
 ) -> Tensor:
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")
+    check_reduction(reduction)
     if not logits.is_floating_point() or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"logits are floats of shape (..., K), got {logits.dtype} {tuple(logits.shape)}"
@@ -608,6 +607,12 @@ def _loss(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / max(1, loss.numel())
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise a ValueError for an unknown reduction."""
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")
 
 
 def _working_type(logits: Tensor) -> torch.dtype:

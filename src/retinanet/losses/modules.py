@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from retinanet.config import LossConfig
-from retinanet.losses.focal import Alpha, Reduction, focal_loss, make_formula
+from retinanet.losses.focal import (
+    Alpha,
+    Reduction,
+    check_reduction,
+    focal_loss,
+    make_formula,
+)
 from retinanet.structures import BACKGROUND, IGNORED, is_readable
 
 _DEFAULTS = LossConfig()
@@ -55,7 +61,7 @@ class FocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         make_formula("focal", gamma=gamma)
-        _check_reduction(reduction)
+        check_reduction(reduction)
         self.alpha, self.gamma, self.reduction = alpha, gamma, reduction
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
@@ -135,7 +141,7 @@ def softmax_focal_loss(
         0.1733
     """
     make_formula("focal", gamma=gamma)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     last = logits.movedim(class_dim, -1)
     classes = last.shape[-1]
     if labels.shape != last.shape[:-1] or labels.is_floating_point():
@@ -182,8 +188,3 @@ def _reduce(loss: Tensor, ignored: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum().clamp(min=1)
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction is none, sum or mean, got {reduction!r}")

@@ -1,7 +1,7 @@
 """Backbones: images to feature maps C2..C5, and their ImageNet weights.
 
 Source: Lin et al. 2017, Sec. 4 (ResNet on ImageNet). The networks are torchvision's
-(:mod:`retinanet.model.blocks`) or, with an extra, timm's. C2..C5 are the last feature maps at
+(:mod:`retinanet.model.networks`) or, with an extra, timm's. C2..C5 are the last feature maps at
 strides 4, 8, 16 and 32.
 """
 
@@ -14,25 +14,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from retinanet.config import check_choice, is_own, nearest
-from retinanet.errors import ConfigError, MissingExtraError, WeightsError
-from retinanet.model.blocks import (
-    BasicBlock,
-    Bottleneck,
-    InvertedResidual,
-    NormLayer,
-    ResidualBlock,
-    ResNeXt32x8d,
-    conv_relu6,
-    init_weights,
-    residual_stage,
-)
+from retinanet.errors import ConfigError, WeightsError, import_extra
+from retinanet.model.networks import Backbone, Bottleneck, Maps, MobileNetV2, NormLayer, ResNet
 from retinanet.model.norms import (
     FrozenBatchNorm2d,
     adapt_timm,
@@ -52,126 +42,6 @@ CHOICES = (
     "give a file (--backbone-weights FILE), or none to train from scratch "
     "(--backbone-weights none model.norm=group)"
 )
-
-Maps = tuple[Tensor | None, Tensor, Tensor, Tensor]
-
-
-class Backbone(nn.Module):
-    """A network that returns feature maps.
-
-    Attributes:
-        channels: of C2, C3, C4, C5; 0 for a C2 that the network does not have.
-    """
-
-    channels: tuple[int, int, int, int]
-
-    def stage_modules(self) -> list[list[nn.Module]]:
-        """Return the modules, in order, of the stem and of the stages of C2, C3, C4 and C5."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Maps:
-        """Map normalized images (B, 3, H, W) to C2..C5: (B, channels[i], H / s, W / s)."""
-        maps, x = [], images
-        for stage in self.stage_modules():
-            for module in stage:
-                x = module(x)
-            maps.append(x)
-        return maps[1], maps[2], maps[3], maps[4]
-
-    def stage_parameters(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of the stem and of the stages of C2, C3, C4 and C5."""
-        return [
-            [parameter for module in stage for parameter in module.parameters()]
-            for stage in self.stage_modules()
-        ]
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, except that batch norm with frozen weights keeps its statistics too."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm) and (
-                module.weight is None or not module.weight.requires_grad
-            ):
-                module.eval()
-        return self
-
-
-class ResNet(Backbone):
-    """ResNet or ResNeXt without its classifier (He et al. 2016, Table 1)."""
-
-    blocks: Mapping[str, tuple[type[ResidualBlock], tuple[int, int, int, int], int]] = {
-        "resnet10_half": (BasicBlock, (1, 1, 1, 1), 32),  # not torchvision's: no ImageNet weights
-        "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
-        "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
-        "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
-        "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
-        "resnet152": (Bottleneck, (3, 8, 36, 3), 64),
-        "resnext101_32x8d": (ResNeXt32x8d, (3, 4, 23, 3), 64),
-    }
-    """Type of the blocks, their number in the stages of C2 to C5, and channels of the stem."""
-
-    def __init__(self, name: str, norm_layer: NormLayer) -> None:
-        super().__init__()
-        block, depths, width = self.blocks[name]
-        self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
-        self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
-        widths = tuple(width * factor for factor in (1, 2, 4, 8))
-        two, three, four, five = (block.expansion * width for width in widths)
-        self.channels = (two, three, four, five)
-        stage = partial(residual_stage, block, norm_layer=norm_layer)
-        self.layer1 = stage(depths[0], width, widths[0], 1)
-        self.layer2 = stage(depths[1], two, widths[1], 2)
-        self.layer3 = stage(depths[2], three, widths[2], 2)
-        self.layer4 = stage(depths[3], four, widths[3], 2)
-        nn.Linear(five, 1)  # torchvision's classifier: the same random numbers follow
-        init_weights(self)
-
-    def stage_modules(self) -> list[list[nn.Module]]:
-        """Return the modules of each stage."""
-        stem = [self.conv1, self.bn1, self.relu, self.maxpool]
-        return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
-
-
-class MobileNetV2(Backbone):
-    """MobileNetV2 without its classifier (Sandler et al. 2018, Table 2).
-
-    C5 is its last, 1280-channel map.
-    """
-
-    blocks = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    )
-    """Expansion, output channels, number and first stride of consecutive blocks."""
-
-    ends = (2, 4, 7, 14, 19)  # of the stem, C2, C3, C4, C5 in `features`
-
-    def __init__(self, name: str, norm_layer: NormLayer) -> None:
-        super().__init__()
-        channels = 32
-        features: list[nn.Module] = [conv_relu6(3, channels, 3, norm_layer, stride=2)]
-        for expansion, out_channels, count, first_stride in self.blocks:
-            for i in range(count):
-                stride = first_stride if i == 0 else 1
-                features.append(
-                    InvertedResidual(channels, out_channels, stride, expansion, norm_layer)
-                )
-                channels = out_channels
-        features.append(conv_relu6(channels, 1280, 1, norm_layer))
-        self.features = nn.Sequential(*features)
-        self.channels = (24, 32, 96, 1280)
-        init_weights(self, nn.Linear(1280, 1))  # with torchvision's classifier, as in ResNet
-
-    def stage_modules(self) -> list[list[nn.Module]]:
-        """Return the modules of each stage."""
-        return [list(self.features)[start:end] for start, end in pairwise((0, *self.ends))]
 
 
 class OwnBackbone(Backbone):
@@ -242,7 +112,7 @@ class Timm(OwnBackbone):
     """A timm network that returns feature maps."""
 
     def __init__(self, name: str, norm: str) -> None:
-        timm = _import_timm()
+        timm = import_extra("timm", "timm")
         short = name.removeprefix("timm/")
         # For a name with a slash or a colon timm would look on the internet.
         if not re.fullmatch(r"[\w.]+", short) or not timm.is_model(short):
@@ -553,7 +423,7 @@ def _stated_input(
 
 
 def _fetch_timm(name: str) -> BackboneWeights:
-    timm = _import_timm()
+    timm = import_extra("timm", "timm")
     try:
         net = timm.create_model(name.removeprefix("timm/"), features_only=True, pretrained=True)
     except Exception as error:  # timm's downloader has no exception of its own
@@ -565,14 +435,6 @@ def _fetch_timm(name: str) -> BackboneWeights:
         for key, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))
     )
     return BackboneWeights(dict(net.state_dict()), name, mean, std)
-
-
-def _import_timm() -> Any:
-    try:
-        import timm
-    except ImportError:
-        raise MissingExtraError("timm", "timm") from None
-    return timm
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,14 +19,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retinanet.model.backbone import Backbone
 from retinanet.model.heads import Head
+from retinanet.model.networks import Backbone
 from retinanet.model.norms import (
     BackboneConv2d,
     FrozenBatchNorm2d,
     contains_activation,
     only_user,
     parts_after,
+    put_margins_into_kernel,
     same_margins,
     scale_and_shift,
     trace,
@@ -187,11 +188,10 @@ class FusedConv2d(nn.Module):
         """
         if not self.margins or self.weight.shape[1] > 4:
             return
-        left, right, top, bottom = self.margins
-        if (bottom - top, right - left) != self.dilation:
-            return
-        self.weight = nn.Parameter(F.pad(self.weight, (1, 0, 1, 0)), requires_grad=False)
-        self.padding, self.margins = (bottom, right), ()
+        found = put_margins_into_kernel(self.weight, self.margins, self.dilation)
+        if found is not None:
+            weight, self.padding = found
+            self.weight, self.margins = nn.Parameter(weight, requires_grad=False), ()
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors in oneDNN's layout cannot be copied or pickled: a copy packs its own.

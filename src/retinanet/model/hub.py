@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from retinanet.errors import MissingExtraError, WeightsError
+from retinanet.errors import WeightsError, import_extra
 
 # Path replaces "//" by "/".
 _NAME = re.compile(r"hf:/{1,2}(?P<repository>[^/@\s]+/[^/@\s]+)(?:@(?P<revision>[^@\s]+))?")
@@ -48,16 +48,10 @@ def _text(name: str | Path) -> str:
 def fetch_hub(name: str | Path, files: Sequence[str]) -> Path:
     """Download a checkpoint and return its folder in the cache, whose name is the commit."""
     repository, revision = parse_hub_name(name)
+    hub = import_extra("huggingface_hub", "hub")
+    options = {"revision": revision, "allow_patterns": list(files), "library_name": "retinanet"}
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtraError("huggingface_hub", "hub") from None
-    try:
-        folder = Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=list(files), library_name="retinanet"
-            )
-        )
+        folder = Path(hub.snapshot_download(repository, **options))
     except Exception as error:  # of the hub, the network or the disk: each has classes of its own
         raise_hub_error(error, f"hf://{repository}{f'@{revision}' if revision else ''}")
     missing = [file for file in files if not (folder / file).is_file()]

@@ -14,6 +14,7 @@ Precision = Literal["auto", "float32", "bf16", "fp16"]
 """Precision that torch computes in; ``auto`` is bf16 on hardware with bf16 units, else float32."""
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:

@@ -32,8 +32,8 @@ from retinanet.model.backbone import (
     find_weights,
     load_backbone,
 )
-from retinanet.model.fpn import FeaturePyramid
 from retinanet.model.heads import (
+    FeaturePyramid,
     Head,
     build_head,
     distributions_to_deltas,
@@ -130,10 +130,10 @@ class RetinaNet(nn.Module):
             start_at_anchors(self.box_head, spec.box_bins)
         self.set_pixel_statistics()
 
-    def set_pixel_statistics(self, device: torch.device | str = "cpu") -> None:
-        """Create pixel_mean and pixel_std on `device` from the spec."""
+    def set_pixel_statistics(self) -> None:
+        """Create pixel_mean and pixel_std on the CPU from the spec."""
         for name in ("pixel_mean", "pixel_std"):
-            values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device=device)
+            values = torch.tensor(getattr(self.spec, name), dtype=torch.float32, device="cpu")
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, targets: None = None) -> Outputs:
@@ -222,7 +222,7 @@ class RetinaNet(nn.Module):
         outputs = self(batch)
         return detection_losses(
             outputs,
-            self._anchors_of(outputs),
+            output_anchors(self, outputs),
             objects,
             num_classes=self.num_classes,
             settings=settings,
@@ -259,16 +259,18 @@ class RetinaNet(nn.Module):
         flip_tta = thresholds.pop("flip_tta", False)
         return postprocess(
             outputs,
-            self._anchors_of(outputs),
+            output_anchors(self, outputs),
             sizes,
             num_classes=self.num_classes,
             mirrored=self(mirror_images(batch, sizes)) if flip_tta else None,
             **thresholds,
         )
 
-    def _anchors_of(self, outputs: Outputs) -> list[Tensor]:
-        cells = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
-        return level_anchors(self.anchors, cells, outputs.logits[0].device)
+
+def output_anchors(model: RetinaNet, outputs: Outputs) -> list[Tensor]:
+    """Return the anchors of outputs, by level."""
+    cells = [(level.shape[-2], level.shape[-1]) for level in outputs.logits]
+    return level_anchors(model.anchors, cells, outputs.logits[0].device)
 
 
 def build_retinanet(num_classes: int, spec: ModelSpec | None = None, **settings: Any) -> RetinaNet:

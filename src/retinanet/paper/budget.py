@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from retinanet.data.dataset import Dataset
 from retinanet.errors import ConfigError, RetinaNetError
 from retinanet.files import write_atomic
-from retinanet.paper.experiments import Experiment
 from retinanet.paper.plan import MIN_STEPS, Plan, Settings, Training, make_plan
 from retinanet.paper.results import Result
 from retinanet.paper.run import Workers, run_plan
+from retinanet.paper.tables import Experiment
 from retinanet.training.run_folder import read_log
 
 _PROBE_STEPS = 12

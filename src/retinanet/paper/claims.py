@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from retinanet.evaluation.metrics import AP_METRICS
-from retinanet.paper.experiments import Claim, Experiment
 from retinanet.paper.results import (
     ClaimResult,
     Comparison,
@@ -23,6 +22,7 @@ from retinanet.paper.results import (
     TableResult,
     Verdict,
 )
+from retinanet.paper.tables import Claim, Experiment
 
 _MIN_AP = 0.15  # points: a row with less has found nothing; 0.0 or 0.1 is printed
 _ROUNDING = 1e-9  # points of AP: less is floating-point error

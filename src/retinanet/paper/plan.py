@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from retinanet.anchors import feature_sizes
-from retinanet.config import Recipe, load_recipe
+from retinanet.config import Recipe, load_recipe, setting_names
 from retinanet.data import digest, read_splits, usable
 from retinanet.data.dataset import Dataset
 from retinanet.data.loading import DIVISOR
 from retinanet.errors import ConfigError, DataError
 from retinanet.model.retinanet import build_retinanet
-from retinanet.paper.experiments import Depth, Experiment, Row
 from retinanet.paper.rivals import build_rival
-from retinanet.paper.tables import EXPERIMENTS
+from retinanet.paper.tables import EXPERIMENTS, Depth, Experiment, Row
 from retinanet.training.data import recipe_anchors
 
 BACKBONES: Mapping[Depth, str] = {"50": "resnet50", "101": "resnet101", "x101": "resnext101_32x8d"}
@@ -263,14 +262,8 @@ def _check_mining(recipe: Recipe, row: str) -> None:
 
 def differences(recipe: Recipe) -> list[tuple[str, Any, Any]]:
     """Return (setting, the paper's, here) of each setting that differs from the paper's."""
-    paper, here = Recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-    return [
-        (f"{section}.{key}", paper[section][key], value)
-        for section, values in here.items()
-        if isinstance(values, dict)
-        for key, value in values.items()
-        if value != paper[section][key]
-    ]
+    values = ((name, Recipe().value(name), recipe.value(name)) for name in setting_names())
+    return [(name, paper, here) for name, paper, here in values if here != paper]
 
 
 def common_differences(plan: Plan) -> list[tuple[str, Any, Any]]:

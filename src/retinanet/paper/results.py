@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import ConfigDict, TypeAdapter
 
 from retinanet.evaluation.metrics import AP_METRICS
-from retinanet.paper.experiments import Published
+from retinanet.paper.tables import Published
 
 Verdict = Literal["holds", "does not hold", "not separated", "not measured"]
 

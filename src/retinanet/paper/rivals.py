@@ -35,7 +35,8 @@ from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder, write_atomic
 from retinanet.inference.backends import to_original
 from retinanet.losses.detection import Losses
-from retinanet.model.backbone import Backbone, build_backbone, check_state
+from retinanet.model.backbone import build_backbone, check_state
+from retinanet.model.networks import Backbone
 from retinanet.model.precision import autocast
 from retinanet.model.retinanet import RetinaNet, build_retinanet
 from retinanet.structures import Batch, Detections, Targets

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from retinanet.config import to_toml
 from retinanet.data.cpus import usable_cpus
-from retinanet.errors import DataError, RetinaNetError
+from retinanet.errors import RetinaNetError
 from retinanet.interrupts import stop_on_signal
 from retinanet.paper.plan import Plan, Training
 from retinanet.paper.results import Result
 from retinanet.paper.work import read_result
+from retinanet.training.run_folder import folder_lock
 
 _POLL = 0.2  # seconds
 _STOP_TIMEOUT = 600.0  # seconds in which a worker saves its state
@@ -78,20 +78,19 @@ class Workers:
 
     def is_finished(self, training: Training) -> bool:
         """Return True if a training has a result that can be read."""
-        result = self.finished([training]).get(training.key)
+        result = self.result(training)
         return result is not None and result.status != "failed"
 
+    def result(self, training: Training) -> Result | None:
+        """Return the result of a training that ended; failed: its file cannot be read."""
+        try:
+            return read_result(training.folder(self.out))
+        except RetinaNetError as error:
+            return Result("failed", note=str(error))
+
     def finished(self, trainings: Iterable[Training]) -> Results:
-        """Return the results of trainings that ended; failed: its file cannot be read."""
-        results: Results = {}
-        for training in trainings:
-            try:
-                result = read_result(training.folder(self.out))
-            except RetinaNetError as error:
-                result = Result("failed", note=str(error))
-            if result is not None:
-                results[training.key] = result
-        return results
+        """Return the results of the trainings that ended."""
+        return {t.key: result for t in trainings if (result := self.result(t)) is not None}
 
     def command(self, training: Training, job: int) -> tuple[list[str], dict[str, str]]:
         """Return the command and the environment of a worker process."""
@@ -127,7 +126,7 @@ def run_plan(
     """Run every training of a plan that has no result.
 
     Raises:
-        DataError: another command uses the output folder.
+        ConfigError: another command uses the output folder.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every worker has saved its state.
     """
     workers = workers.limited_to(plan.trainings)
@@ -139,19 +138,23 @@ def run_plan(
         results[training.key] = result
         on_end(training, result, was_finished)
 
-    with _locked(workers.out), stop_on_signal() as stop, _stopping(running):
+    workers.out.mkdir(parents=True, exist_ok=True)
+    with (
+        folder_lock(workers.out, "command"),
+        stop_on_signal() as stop,
+        _stopping(running),
+    ):
         while (left or running) and not stop.is_set():
             for job in range(workers.jobs):
                 if job in running and running[job].process.poll() is not None:
                     worker = running.pop(job)
                     worker.process.communicate()  # closes its input
-                    finished = workers.finished([worker.training])
                     failed = Result("failed", note=worker.failure())
-                    end(worker.training, finished.get(worker.training.key, failed), False)
+                    end(worker.training, workers.result(worker.training) or failed, False)
                 while left and job not in running:
                     training = left.popleft()
-                    if finished := workers.finished([training]):
-                        end(training, finished[training.key], True)
+                    if (result := workers.result(training)) is not None:
+                        end(training, result, True)
                     else:
                         running[job] = _Worker(training, workers, job)
             on_steps(*_progress(plan, workers, results))
@@ -198,19 +201,6 @@ class _Worker:
         else:
             reason = lines[-1] if lines else f"exit code {code}"
         return f"{reason}; see {self._log}"
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Lock an output folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise DataError(
-            f"{out}: another command trains in this folder; wait for it, or give another --out"
-        ) from None
 
 
 @contextlib.contextmanager

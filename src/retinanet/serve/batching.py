@@ -19,9 +19,9 @@ from starlette.exceptions import HTTPException
 
 from retinanet.errors import ConfigError
 from retinanet.inference import Detector, ImageDetections, Source
-from retinanet.inference.detector import Prepared
+from retinanet.inference.backends import network_workers, use_cores
 from retinanet.inference.exported import ExportedNetwork
-from retinanet.inference.parallel import network_workers, use_cores
+from retinanet.inference.sources import Prepared
 from retinanet.model.retinanet import RetinaNet
 from retinanet.serve.metrics import Metrics
 from retinanet.serve.settings import Settings
@@ -85,11 +85,6 @@ class Batcher:
         """Whether images are accepted: all threads that run a network are alive."""
         alive = bool(self._workers) and all(worker.is_alive() for worker in self._workers)
         return alive and not self._stopping
-
-    @property
-    def num_decoded(self) -> int:
-        """Number of decoded images that wait for a network."""
-        return len(self._decoded)
 
     def seconds_per_image(self, model: str) -> float | None:
         """Return the median network time over recent images; None before the first image."""

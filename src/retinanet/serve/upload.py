@@ -101,8 +101,14 @@ async def _read_form(request: Request, settings: Settings) -> list[Upload]:
     uploads: list[Upload] = []
     try:
         for name, value in form.multi_items():
-            if name != FIELD or isinstance(value, str):
-                raise _unknown_field(_printable(name))
+            if isinstance(value, str) and name == FIELD:
+                raise HTTPException(400, f"form field {FIELD!r} has no filename: send a file")
+            if isinstance(value, str) or name != FIELD:
+                raise HTTPException(
+                    400,
+                    f"unknown form field {_printable(name)!r}{nearest(name, [FIELD])}; images go "
+                    f"into {FIELD!r}, options into the URL, as in ?score_threshold=0.5",
+                )
             label = _printable(value.filename or "") or f"image_{len(uploads):06d}"
             uploads.append(Upload(label, await value.read()))
     finally:
@@ -167,16 +173,6 @@ def decode_error(error: Exception, name: str = "") -> str:
         return f"cannot be read: {type(error).__name__}"
     reason = " ".join(str(error).removeprefix(f"{name}: ").split())
     return reason.removeprefix("bytes of an image: ")
-
-
-def _unknown_field(name: str) -> HTTPException:
-    if name == FIELD:
-        return HTTPException(400, f"form field {FIELD!r} has no filename: send a file")
-    return HTTPException(
-        400,
-        f"unknown form field {name!r}{nearest(name, [FIELD])}; images go into {FIELD!r}, options "
-        "into the URL, as in ?score_threshold=0.5",
-    )
 
 
 def _printable(text: str) -> str:

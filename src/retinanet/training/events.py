@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-from retinanet.errors import ConfigError
+from typing import Any, Literal
 
 Kind = Literal["choices", "start", "resume", "step", "validating", "validation", "message", "end"]
 
@@ -33,32 +31,8 @@ EventCallback = Callable[[Event], object]
 """Receives progress events; training stops after the current step if it returns ``"stop"``."""
 
 
-class Emit(Protocol):
-    """A function that sends an event to the callback, from the main process only."""
-
-    def __call__(self, kind: Kind, /, **data: Any) -> None:
-        """Send the event of that kind with these values."""
-
-
-class Emitter:
-    """Sends events to a callback, and keeps its request to stop.
-
-    Attributes:
-        stop: True once the callback has returned ``"stop"``.
-    """
-
-    def __init__(self, callback: EventCallback | None) -> None:
-        self._callback = callback
-        self.stop = False
-
-    def __call__(self, kind: Kind, /, **data: Any) -> None:
-        """Send the event of that kind with these values."""
-        answer = None if self._callback is None else self._callback(Event(kind, data))
-        if answer is None:
-            return
-        if not (isinstance(answer, str) and answer == "stop"):
-            raise ConfigError(f"on_event returned {answer!r}: return None, or 'stop' to stop")
-        self.stop = True
+Emit = Callable[..., None]
+"""Sends an event, ``emit(kind, **values)``, to the callback, from the main process only."""
 
 
 def ignore(kind: Kind, /, **data: Any) -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -25,20 +26,19 @@ from retinanet.data.loading import BatchLoader, train_loader
 from retinanet.errors import ConfigError, DataError, NonFiniteLossError
 from retinanet.evaluation.metrics import Metrics
 from retinanet.files import replace_folder, write_atomic
+from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
+from retinanet.training.events import Event, EventCallback, Kind
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
-from retinanet.training.processes import (
-    deterministic,
-    stop_after_step,
-    synchronize_batch_norm,
-)
-from retinanet.training.run_folder import Progress, RunFolder, load_state, save_state
+from retinanet.training.processes import deterministic, synchronize_batch_norm
+from retinanet.training.run_folder import RunFolder, load_state, save_state
 from retinanet.training.step import (
     Meter,
     NonFiniteGuard,
     PendingStep,
+    Progress,
     StepContext,
     clip_gradients,
     lr_factor,
@@ -54,6 +54,27 @@ MAX_UNMATCHED_STEPS = 50
 
 _SLOW_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 8, 10.0  # of measuring the speed
 _MAX_GROWTH = 4  # of the steps of a run with a time limit, over the plan
+
+
+class Emitter:
+    """Sends events to a callback, and keeps its request to stop.
+
+    Attributes:
+        stop: True once the callback has returned ``"stop"``.
+    """
+
+    def __init__(self, callback: EventCallback | None) -> None:
+        self._callback = callback
+        self.stop = False
+
+    def __call__(self, kind: Kind, /, **data: Any) -> None:
+        """Send the event of that kind with these values."""
+        answer = None if self._callback is None else self._callback(Event(kind, data))
+        if answer is None:
+            return
+        if not (isinstance(answer, str) and answer == "stop"):
+            raise ConfigError(f"on_event returned {answer!r}: return None, or 'stop' to stop")
+        self.stop = True
 
 
 class Trainer:
@@ -161,10 +182,15 @@ class Trainer:
         loader.end.fill_(progress.steps)
         if loader.message is not None:
             self._emit("message", message=loader.message)
-        validate_every = _period(settings.validate_every, progress.schedule[1])
+        period = settings.validate_every  # in steps or, under 1, a share of all
+        validate_every = max(1, round(period * progress.schedule[1] if period < 1 else period))
         pacer = self._pacer(started, validate_every)
         interrupted = False
-        with deterministic(settings.deterministic), stop_after_step(self._accelerator) as stop:
+        # Of several processes each would stop at another step, and the rest would wait for it: a
+        # signal ends them at once, and the run resumes from the last saved state.
+        is_alone = self._accelerator.num_processes == 1
+        stopping = stop_on_signal() if is_alone else nullcontext(StopRequest())
+        with deterministic(settings.deterministic), stopping as stop:
             self._meter.start_step()
             for batch in loader:
                 self.step(batch)
@@ -505,8 +531,3 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
             opened.write(json.dumps(finite) + "\n")
     except OSError as error:  # a full disk names no file
         raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-def _period(setting: float, steps: int) -> int:
-    """Convert a period to steps: a number of them or, under 1, a share of all."""
-    return max(1, round(setting * steps if setting < 1 else setting))

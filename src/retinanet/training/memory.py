@@ -110,36 +110,25 @@ def largest_batch(settings: TaskSettings, count: int) -> Batch:
 
 @contextmanager
 def memory_errors(settings: TaskSettings) -> Iterator[None]:
-    """Turn torch's errors of memory into the setting to change."""
+    """Turn torch's errors of GPU and CPU memory into the setting to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "DefaultCPUAllocator" not in str(error):
             raise
-        raise _advice(settings) from error
-
-
-def _advice(settings: TaskSettings) -> OutOfMemoryError:
-    count, accumulate = settings.batch_size, settings.recipe.train.accumulate
-    parts = next((n for n in divisors(count) if n > accumulate), None)
-    advice = "give a smaller data.image_size, or data.tile"
-    if parts is not None:
-        advice = (
-            f"give train.accumulate={parts} (by {count // parts}; batch and learning rate stay), "
-            "or --batch-size auto, which finds it"
-        )
-    longest = settings.recipe.data.max_size
-    return OutOfMemoryError(
-        f"out of memory on {settings.accelerator.device} with {count // accumulate} images of up "
-        f"to {longest} px at a time: {advice}"
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True for torch's errors of GPU and CPU memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
+        count, accumulate = settings.batch_size, settings.recipe.train.accumulate
+        parts = next((n for n in divisors(count) if n > accumulate), None)
+        advice = "give a smaller data.image_size, or data.tile"
+        if parts is not None:
+            advice = (
+                f"give train.accumulate={parts} (by {count // parts}; batch and learning rate "
+                "stay), or --batch-size auto, which finds it"
+            )
+        raise OutOfMemoryError(
+            f"out of memory on {settings.accelerator.device} with {count // accumulate} images of "
+            f"up to {settings.recipe.data.max_size} px at a time: {advice}"
+        ) from error
 
 
 def _fits(settings: TaskSettings, parts: int, try_step: TryStep) -> bool:
@@ -147,13 +136,12 @@ def _fits(settings: TaskSettings, parts: int, try_step: TryStep) -> bool:
     try:
         try_step(replace(settings, recipe=recipe), largest_batch(settings, settings.batch_size))
     except OutOfMemoryError:
-        fits = False
-    else:
-        fits = True
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return fits
+        return False
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return True
 
 
 def _bytes_per_image(settings: TaskSettings, try_step: TryStep) -> float:

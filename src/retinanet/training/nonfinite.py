@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings
 from retinanet.data.dataset import Dataset
 from retinanet.errors import WeightsError
@@ -17,6 +16,7 @@ from retinanet.files import replace_folder
 from retinanet.losses.detection import Losses, detection_losses
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from retinanet.model.precision import autocast
+from retinanet.model.retinanet import output_anchors
 from retinanet.structures import Targets
 from retinanet.training.step import PendingStep
 
@@ -88,12 +88,9 @@ def replay(folder: str | Path) -> tuple[Losses, float]:
     precision = story["precision"] if story["precision"] != "fp16" else "float32"
     with autocast(precision, torch.device("cpu")):
         outputs = model(images)
-    anchors = level_anchors(
-        model.anchors, feature_sizes(model.anchors.strides, *images.shape[-2:]), images.device
-    )
     losses = detection_losses(
         outputs,
-        anchors,
+        output_anchors(model, outputs),
         Targets(tensors["boxes"], tensors["labels"]),
         num_classes=model.num_classes,
         running=tensors["running"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from retinanet.config import DataConfig, Recipe
 from retinanet.data.dataset import Dataset
@@ -48,7 +49,7 @@ class OverfitResult:
     @property
     def learned(self) -> bool:
         """Whether AP50 and loss reached their targets."""
-        return self.ap50 >= TARGET_AP50 and self.last_loss <= MAX_LOSS_RATIO * self.first_loss
+        return not self.hint
 
 
 def overfit(
@@ -77,23 +78,16 @@ def overfit(
     own = overfit_recipe(recipe, count, steps or _STEPS)
     run = train(own, {"train": chosen, "val": chosen}, out, device=device, on_event=on_event)
     losses = [line["loss"] for line in read_log(run.folder / "log.jsonl") if "loss" in line]
-    first, last = losses[:5], losses[-5:]
-    result = OverfitResult(
-        images=count,
-        step=run.step,
-        ap50=run.metrics.get("ap50") or 0.0,
-        first_loss=sum(first) / len(first),
-        last_loss=sum(last) / len(last),
-        hint="",
-        exit_code=run.exit_code,
-    )
-    if result.learned:
-        return result
-    recall = recipe_recall(recipe, chosen)
-    hint = "run retinanet data check, try another train.lr or more --steps"
-    if recall < TARGET_AP50:
-        hint = f"anchor recall is {recall:.0%}: {anchor_advice(recipe, chosen)}"
-    return replace(result, hint=hint, exit_code=run.exit_code or 1)
+    first, last = fmean(losses[:5]), fmean(losses[-5:])
+    ap50 = run.metrics.get("ap50") or 0.0
+    hint = ""
+    if ap50 < TARGET_AP50 or last > MAX_LOSS_RATIO * first:
+        hint = "run retinanet data check, try another train.lr or more --steps"
+        recall = recipe_recall(recipe, chosen)
+        if recall < TARGET_AP50:
+            hint = f"anchor recall is {recall:.0%}: {anchor_advice(recipe, chosen)}"
+    exit_code = run.exit_code or int(bool(hint))
+    return OverfitResult(count, run.step, ap50, first, last, hint, exit_code)
 
 
 def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:

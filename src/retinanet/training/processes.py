@@ -15,7 +15,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs, utils
 from torch import nn
 
 from retinanet.errors import ConfigError
-from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.model.precision import choose_device
 
 
@@ -86,17 +85,3 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def stop_after_step(accelerator: Accelerator) -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the current step.
-
-    With several processes each would stop at another step and the rest would wait for it forever,
-    so there a signal ends the process at once, and the run resumes from the last saved state.
-    """
-    if accelerator.num_processes > 1:
-        yield StopRequest()
-        return
-    with stop_on_signal() as stop:
-        yield stop

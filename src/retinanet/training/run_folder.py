@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from retinanet.config import Recipe, load_recipe, setting_names, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
 from retinanet.files import readable_folder, recover_folder, write_atomic
+from retinanet.training.step import Progress
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
 # They do on train.accumulate, with which a run that is out of memory resumes: by rounding, and more
@@ -32,80 +33,6 @@ _MAY_CHANGE = ("data.workers", "train.trackers", "train.save_every", "train.accu
 
 _TENSORS = "training.safetensors"
 _NUMBERS = "training.json"
-
-
-@dataclass
-class Progress:
-    """Progress of a run.
-
-    Attributes:
-        step: steps done.
-        steps: steps in all.
-        best_ap: the best validation AP so far; -1: none yet.
-        best_step: the step it was reached at.
-        bad_validations: validations in a row without a better AP.
-        stopped_early: whether ``train.early_stop`` or ``train.target_ap50`` ended the run.
-        unmatched_steps: steps with objects but without a positive anchor, while none had one; -1
-            once there was a positive.
-        seconds: time spent training, validation included.
-        validation_seconds: time of the last validation.
-        metrics: the last validation's metrics.
-        best_metrics: those of the best one.
-        untuned_ap: AP of the best weights before their post-processing was chosen.
-        extensions: those begun, with first_step, steps and epochs.
-    """
-
-    step: int = 0
-    steps: int = 0
-    best_ap: float = -1.0
-    best_step: int = 0
-    bad_validations: int = 0
-    stopped_early: bool = False
-    unmatched_steps: int = 0
-    seconds: float = 0.0
-    validation_seconds: float = 0.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    best_metrics: dict[str, Any] = field(default_factory=dict)
-    untuned_ap: float = -1.0
-    extensions: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def first_step(self) -> int:
-        """Steps done before the schedule began."""
-        return int(self.extensions[-1]["first_step"]) if self.extensions else 0
-
-    @property
-    def schedule(self) -> tuple[int, int]:
-        """Steps of the schedule that are done, and all of its steps."""
-        return self.step - self.first_step, self.steps - self.first_step
-
-    def is_in_extension(self, epochs: float, path: Path) -> bool:
-        """Return True if the run was stopped in such an extension, False if it is finished."""
-        last = self.extensions[-1] if self.extensions else {}
-        if self.finished or last.get("epochs") == epochs:
-            return not self.finished
-        raise ConfigError(
-            f"{path} has done {self.step} of {self.steps} steps: finish it by the command that "
-            "started it, and then extend it"
-        )
-
-    def extend(self, epochs: float, steps: int) -> None:
-        """Begin an extension."""
-        self.extensions.append({"first_step": self.step, "steps": steps, "epochs": epochs})
-        self.steps, self.stopped_early, self.bad_validations = self.step + steps, False, 0
-        if self.untuned_ap >= 0:
-            self.best_ap = self.untuned_ap
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.stopped_early or (self.steps > 0 and self.step >= self.steps)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Progress:
-        """Read saved fields; those of other versions are ignored."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 class RunFolder:
@@ -206,14 +133,14 @@ class RunFolder:
                 f"{self.path} contains a run of {stored.get('rival') or 'RetinaNet'}, and now it "
                 f"is {rival or 'RetinaNet'}; give another --out"
             )
-        before = _flat(load_recipe(self.config))
+        before = load_recipe(self.config)
         # train.init first: where it differs, so does the network that follows it.
-        settings = sorted(_flat(recipe).items(), key=lambda item: item[0] != "train.init")
-        for name, value in settings:
-            if name not in _MAY_CHANGE and before.get(name) != value:
+        for name in sorted(setting_names(), key=lambda name: name != "train.init"):
+            if name not in _MAY_CHANGE and before.value(name) != recipe.value(name):
                 raise ConfigError(
-                    f"{self.path} contains a run with {name} = {before.get(name)!r}, and now it is "
-                    f"{value!r}; give the same settings to resume it, or another --out"
+                    f"{self.path} contains a run with {name} = {before.value(name)!r}, and now it "
+                    f"is {recipe.value(name)!r}; give the same settings to resume it, or another "
+                    "--out"
                 )
         if stored.get("data_digest") != digest:
             raise ConfigError(
@@ -261,18 +188,14 @@ class RunFolder:
 @contextmanager
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes of the kind `what` out of a folder."""
-    lock = FileLock(folder / f".{what}.lock", blocking=False)
     try:
-        lock.acquire()
+        with FileLock(folder / f".{what}.lock", blocking=False):
+            yield
     except Timeout:
         raise ConfigError(
             f"{folder} is in use: another {what} writes to it; wait for it or stop it, "
             "or give another --out"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:
@@ -301,15 +224,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": name,
         "threads": torch.get_num_threads(),
-    }
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, settings in recipe.model_dump(mode="json").items()
-        if isinstance(settings, dict)
-        for key, value in settings.items()
     }
 
 

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any
 
 from retinanet.config import Recipe, load_recipe, nearest, setting_names, setting_of
-from retinanet.errors import ConfigError, MissingExtraError, NonFiniteLossError
+from retinanet.errors import ConfigError, NonFiniteLossError, import_extra
 from retinanet.files import csv_text, write_atomic
 from retinanet.training.events import Event, EventCallback
 from retinanet.training.run_folder import folder_lock
@@ -201,12 +201,7 @@ class _Study:
         device: str,
         on_event: EventCallback | None,
     ) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise MissingExtraError("optuna", "tune") from None
-        from optuna.storages.journal import JournalFileBackend
-
+        optuna = import_extra("optuna", "tune")
         if not ranges:
             raise ConfigError(
                 "no setting to choose: give key=low..high or key=a|b, such as train.lr=1e-4..1e-2"
@@ -218,7 +213,9 @@ class _Study:
         out.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(out / "journal.log"))),
+            storage=optuna.storages.JournalStorage(
+                optuna.storages.journal.JournalFileBackend(str(out / "journal.log"))
+            ),
             study_name="retinanet",
             direction="maximize",
             load_if_exists=True,
@@ -227,7 +224,8 @@ class _Study:
         seed = len(self._study.trials)  # a resumed search must not repeat its random values
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
         self._request = [recipe, list(settings), list(map(str, ranges))]
-        self._is_timed = not self._has_length()
+        keys = [text.partition("=")[0] for text in settings] + [own.setting for own in ranges]
+        self._is_timed = not any(key in _LENGTHS for key in keys)
         if self._is_timed:
             # The first trials decide: later ones must be comparable, whatever the budget.
             known = self._study.user_attrs.get("trial_seconds")
@@ -235,10 +233,6 @@ class _Study:
             seconds = known if ended and known else budget / TRIALS
             self._study.set_user_attr("trial_seconds", seconds)
             self._settings.append(f"train.time={seconds}")
-
-    def _has_length(self) -> bool:
-        keys = [text.partition("=")[0] for text in self._settings]
-        return any(key in _LENGTHS for key in [*keys, *(r.setting for r in self._ranges)])
 
     def _load(self, values: Sequence[str]) -> Recipe:
         # Post-processing is chosen once, for the model that is kept.

@@ -1,4 +1,4 @@
-"""One training step: learning rate, gradients, guard, update and metrics, without a device sync.
+"""One training step: progress, learning rate, gradients, guard, update, metrics; no device sync.
 
 (Hard example mining, ``loss.mining``, does sync: it has to read which anchors are hard.)
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import torch
@@ -20,14 +21,89 @@ from torch.optim.swa_utils import AveragedModel
 
 from retinanet.anchors import feature_sizes, level_anchors
 from retinanet.config import LossSettings, TrainConfig
+from retinanet.errors import ConfigError
+from retinanet.losses.assignment import match_by_iou
 from retinanet.losses.detection import Losses, detection_losses
-from retinanet.matching import match_anchors
 from retinanet.model.precision import DTYPES
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
 
 MAX_CONSECUTIVE_SKIPPED_STEPS = 20
 """Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""
+
+
+@dataclass
+class Progress:
+    """Progress of a run.
+
+    Attributes:
+        step: steps done.
+        steps: steps in all.
+        best_ap: the best validation AP so far; -1: none yet.
+        best_step: the step it was reached at.
+        bad_validations: validations in a row without a better AP.
+        stopped_early: whether ``train.early_stop`` or ``train.target_ap50`` ended the run.
+        unmatched_steps: steps with objects but without a positive anchor, while none had one; -1
+            once there was a positive.
+        seconds: time spent training, validation included.
+        validation_seconds: time of the last validation.
+        metrics: the last validation's metrics.
+        best_metrics: those of the best one.
+        untuned_ap: AP of the best weights before their post-processing was chosen.
+        extensions: those begun, with first_step, steps and epochs.
+    """
+
+    step: int = 0
+    steps: int = 0
+    best_ap: float = -1.0
+    best_step: int = 0
+    bad_validations: int = 0
+    stopped_early: bool = False
+    unmatched_steps: int = 0
+    seconds: float = 0.0
+    validation_seconds: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best_metrics: dict[str, Any] = field(default_factory=dict)
+    untuned_ap: float = -1.0
+    extensions: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before the schedule began."""
+        return int(self.extensions[-1]["first_step"]) if self.extensions else 0
+
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """Steps of the schedule that are done, and all of its steps."""
+        return self.step - self.first_step, self.steps - self.first_step
+
+    def is_in_extension(self, epochs: float, path: Path) -> bool:
+        """Return True if the run was stopped in such an extension, False if it is finished."""
+        last = self.extensions[-1] if self.extensions else {}
+        if self.finished or last.get("epochs") == epochs:
+            return not self.finished
+        raise ConfigError(
+            f"{path} has done {self.step} of {self.steps} steps: finish it by the command that "
+            "started it, and then extend it"
+        )
+
+    def extend(self, epochs: float, steps: int) -> None:
+        """Begin an extension."""
+        self.extensions.append({"first_step": self.step, "steps": steps, "epochs": epochs})
+        self.steps, self.stopped_early, self.bad_validations = self.step + steps, False, 0
+        if self.untuned_ap >= 0:
+            self.best_ap = self.untuned_ap
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.stopped_early or (self.steps > 0 and self.step >= self.steps)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Progress:
+        """Read saved fields; those of other versions are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def lr_factor(step: int, steps: int, settings: TrainConfig) -> float:
@@ -174,14 +250,7 @@ def _world_foreground(
         accumulate = 1
     elif accumulate > 1 and settings.normalizer != "image":
         # The first micro-batch needs the count of all, so they are matched beforehand as well.
-        matches = match_anchors(
-            torch.cat(anchors),
-            targets,
-            foreground_iou=settings.foreground_iou,
-            background_iou=settings.background_iou,
-            low_quality_matches=settings.low_quality_matches,
-        )
-        whole = (matches >= 0).sum()
+        whole = (match_by_iou(torch.cat(anchors), targets, settings) >= 0).sum()
 
     def share(count: Tensor) -> Tensor:
         own = count if whole is None else whole

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, set_seed
 
 from retinanet.config import Recipe
@@ -22,22 +21,17 @@ from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
 from retinanet.model.backbone import check_weights_file
-from retinanet.model.precision import choose_dtype
+from retinanet.model.precision import NAMES, choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
 from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
-from retinanet.training.events import Emitter, EventCallback, ignore
+from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
-from retinanet.training.loop import Trainer
+from retinanet.training.loop import Emitter, Trainer
 from retinanet.training.memory import fit_memory, keep_freed_memory, memory_errors
 from retinanet.training.optim import resolve_steps
 from retinanet.training.processes import open_accelerator
-from retinanet.training.run_folder import (
-    Progress,
-    RunFolder,
-    describe_machine,
-    read_progress,
-)
+from retinanet.training.run_folder import RunFolder, describe_machine, read_progress
 from retinanet.training.settings_from_data import (
     VALIDATION_COST,
     choose_settings,
@@ -46,13 +40,9 @@ from retinanet.training.settings_from_data import (
     values,
     with_choices_of,
 )
+from retinanet.training.step import Progress
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
-from retinanet.training.time_limit import (
-    MIN_STEPS,
-    Pace,
-    plan_training,
-    seconds_to_tune,
-)
+from retinanet.training.time_limit import MIN_STEPS, Pace, plan_training, seconds_to_tune
 
 MakeTask = Callable[[TaskSettings], TrainingTask]
 
@@ -155,7 +145,7 @@ def run_task(
         recipe=recipe,
         train_set=splits.train,
         accelerator=accelerator,
-        precision=_resolve_precision(recipe.train.precision, accelerator.device),
+        precision=NAMES[choose_dtype(recipe.train.precision, accelerator.device)],
         workers=default_workers() if workers == "auto" else workers,
         emit=emit,
     )
@@ -357,12 +347,6 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
         return None
     run.check_same(recipe, digest, task.info.get("rival"))
     return stored
-
-
-def _resolve_precision(precision: str, device: torch.device) -> str:
-    if precision != "auto":
-        return precision
-    return "bf16" if choose_dtype("auto", device) == torch.bfloat16 else "float32"
 
 
 def _result(run: RunFolder, progress: Progress, exit_code: int = 0) -> Run:

@@ -25,12 +25,17 @@ import numpy as np
 
 from retinanet.data.drawing import PALETTE, Colour, draw_boxes
 from retinanet.errors import ConfigError, DataError
-from retinanet.inference.backends import DETECTION_SCORE, Thresholds, merge_thresholds
+from retinanet.inference.backends import (
+    DETECTION_SCORE,
+    Thresholds,
+    map_network,
+    merge_thresholds,
+    use_cores,
+)
 from retinanet.inference.detections import Failure, ImageDetections
-from retinanet.inference.detector import Detector, Prepared
+from retinanet.inference.detector import Detector
 from retinanet.inference.manifest import OutputFolder
-from retinanet.inference.parallel import map_network, use_cores
-from retinanet.inference.sources import Source
+from retinanet.inference.sources import Prepared, Source
 from retinanet.inference.tiles import choose_tiling
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.structures import Detections

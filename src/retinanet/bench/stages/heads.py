@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.ops import box_iou
 
-from retinanet.bench.benchmark import Benchmark, Case, Rival, Setting
+from retinanet.bench.benchmark import Benchmark, Case, Rival, Setting, count
 from retinanet.bench.limits import copy_limit, read_limit
 from retinanet.bench.samples import (
     anchors_for,
@@ -24,7 +24,6 @@ from retinanet.bench.samples import (
     torchvision_network,
     total_bytes,
 )
-from retinanet.bench.tables import count
 from retinanet.config import LossConfig
 from retinanet.losses import classification_loss
 from retinanet.matching import match_anchors

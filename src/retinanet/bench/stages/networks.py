@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from retinanet.anchors import feature_sizes, level_anchors
-from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Setting
+from retinanet.bench.benchmark import Benchmark, Case, Limit, Rival, Setting, count
 from retinanet.bench.limits import count_flops, matrix_limit
 from retinanet.bench.samples import (
     NETWORKS,
@@ -28,7 +28,6 @@ from retinanet.bench.samples import (
     same_networks,
     torchvision_outputs,
 )
-from retinanet.bench.tables import count
 from retinanet.config import LossSettings, TrainConfig
 from retinanet.inference.backends import build_network
 from retinanet.inference.detections import ImageDetections
@@ -40,7 +39,7 @@ from retinanet.structures import Outputs, flatten_levels, pad_targets
 from retinanet.training.optim import build_optimizer
 
 # Relative rms of logits and of deltas. bf16 keeps 8 bits, fp16 11; int8 has 256 steps per channel.
-_TOLERANCE = {"float32": 1e-4, "bf16": 0.05, "fp16": 0.02, "int8": 0.1}
+_TOLERANCE = {"float32": 1e-4, "bf16": 0.1, "fp16": 0.02, "int8": 0.1}
 
 _SGD: dict[str, Any] = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 1e-4}
 
