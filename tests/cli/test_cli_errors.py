@@ -74,10 +74,10 @@ BAD_USAGE = [
     ("train {data} --classes=circle,", "--classes 'circle,' has no or an empty name"),
     ("bench matchin", "did you mean matching?"),
     ("report speed-accuracy {run}", "--data"),
-    ("report loss-distribution {run} {data} --gamma=-1", "got -1.0"),
+    ("report loss-distribution {run} {data} --gamma=-1", "got [-1.0]"),
     ("report loss-distribution {run} {data} --gamma=1 --gamma=1", "different"),
     ("report loss-distribution {run} {data} --image-size=8", "image_size"),
-    ("report speed-accuracy {run} --data={data} --scale=16", "got 16"),
+    ("report speed-accuracy {run} --data={data} --scale=16", "got [16]"),
     ("report speed-accuracy {run} {run} --data={data}", "given twice: name each run once"),
     (
         "report speed-accuracy {run} --data={data} --precision=int8 --device=cpu --scale=64",

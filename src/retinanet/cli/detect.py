@@ -165,8 +165,6 @@ def _detect_images(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = readable
     detector = load(model, **options)
-    if not json:
-        note(detector.network.description)
     objects: Counter[str] = Counter()
     formats = [name for n in (files.format or "json,images").split(",") if (name := n.strip())]
     root = LOCAL_FILES if files.image_root is None else files.image_root
@@ -175,6 +173,8 @@ def _detect_images(
         open_outputs(files.out, formats, drawn_score=drawn, image_root=root) as write,
         progress("detecting") as update,
     ):
+        if not json:
+            note(detector.network.description)
         for failure in failures:
             write(failure)
         stream = detector.stream(readable, keep_pixels="images" in formats, **settings)

@@ -187,11 +187,8 @@ def detect_video(
             video, lines = _output_files(reader, source, Path(out), name)
             tracker = None
             if track:
-                tracker = Tracker(
-                    float(reader.rate or 25),
-                    threshold=draw_threshold,
-                    across_classes=merged["class_agnostic_nms"],
-                )
+                rate, agnostic = float(reader.rate or 25), merged["class_agnostic_nms"]
+                tracker = Tracker(rate, threshold=draw_threshold, across_classes=agnostic)
             pipeline = _Pipeline(
                 detector, reader, tracker, every, batch_size, draw_threshold, merged, tiles
             )

@@ -574,8 +574,16 @@ def build(
         built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
         if image.has_faults:
             faulty.append(path)
-        if path in images:
-            images[path] = _merge_images(images[path], built, listed)
+        if path in images:  # objects of both entries, the same ones once
+            first = images[path]
+            known = {(item.label, item.box) for item in first.annotations}
+            more = tuple(a for a in built.annotations if (a.label, a.box) not in known)
+            images[path] = replace(first, annotations=first.annotations + more)
+            reason = (
+                f"listed as image {first.id} with {len(first.annotations)} objects and again as "
+                f"image {image.id} with {len(built.annotations)}"
+            )
+            listed.append(Problem("image-duplicate", path, image.id, reason, "merged"))
             continue
         numbered = (f"{image.id}-{number}" for number in count(2))
         id_ = next(name for name in chain([image.id], numbered) if name not in ids)
@@ -625,7 +633,15 @@ def _find_images(
     uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
     for file, image, match in wanted:
         if match.path is None and not match.several:
-            match = _find_by_stem(file, image, split, tree, folders, problems)
+            match = tree.find_image(image.paths, file.file, split, by_stem=True)
+            if match.path is not None and folders and match.path.parent not in folders:
+                match = Match(None)
+            if match.path is None and "%" in image.name and "://" not in image.name:
+                match = tree.find_image(map(unquote, image.paths), file.file, split)
+                if match.path is not None:
+                    reason = f"image {image.id}: no file is named {short(image.name)}"
+                    fix = f"{match.path.name} is used"
+                    problems.append(Problem("image-name-encoded", file.file, image.id, reason, fix))
         if match.several:
             first, second = (relative(path, tree.root) for path in match.several[:2])
             reason = (
@@ -657,27 +673,6 @@ def _find_images(
     return [item for item in found if id(item[1]) not in rejected]
 
 
-def _find_by_stem(
-    file: LabelFile,
-    image: LabelImage,
-    split: str,
-    tree: Tree,
-    folders: Counter[Path],
-    problems: list[Problem],
-) -> Match:
-    """Find an image with another extension, else by its percent-encoded name, a problem."""
-    match = tree.find_image(image.paths, file.file, split, by_stem=True)
-    if match.path is not None and folders and match.path.parent not in folders:
-        match = Match(None)
-    if match.path is None and "%" in image.name and "://" not in image.name:
-        match = tree.find_image(map(unquote, image.paths), file.file, split)
-        if match.path is not None:
-            reason = f"image {image.id}: no file is named {short(image.name)}"
-            used = f"{match.path.name} is used"
-            problems.append(Problem("image-name-encoded", file.file, image.id, reason, used))
-    return match
-
-
 def _expected_path(file: LabelFile, image: LabelImage, folders: Counter[Path]) -> Path:
     """Return the path, or the address, at which a missing image is reported."""
     if "://" in image.name:
@@ -686,20 +681,6 @@ def _expected_path(file: LabelFile, image: LabelImage, folders: Counter[Path]) -
     if name.is_absolute() or len(name.parts) == 1:
         return max(folders, key=folders.__getitem__, default=file.file.parent) / name.name
     return file.file.parent / name
-
-
-def _merge_images(
-    image: LabelledImage, other: LabelledImage, problems: list[Problem]
-) -> LabelledImage:
-    """Unite two entries of one file: objects of both, the same ones once."""
-    known = {(item.label, item.box) for item in image.annotations}
-    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
-    reason = (
-        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
-        f"{other.id} with {len(other.annotations)}"
-    )
-    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
-    return replace(image, annotations=image.annotations + more)
 
 
 def _build_image(
