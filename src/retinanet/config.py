@@ -760,6 +760,13 @@ def repeated_names(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Join names, at most `limit` of them: ``a, b and 3 more``."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:
     """Raise a ConfigError with the nearest name unless `value` is among `known`."""
     known = tuple(known)

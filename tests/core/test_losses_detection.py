@@ -30,7 +30,6 @@ from retinanet.losses import (
     hard_examples,
     hinge_loss,
     quality_focal_loss,
-    update_running,
     varifocal_loss,
 )
 from retinanet.matching import anchor_labels, match_anchors
@@ -184,17 +183,10 @@ def test_normalizer_running() -> None:
     losses = losses_of(outputs, targets, normalizer="running", running=state)
     after = 0.9 * 100 + 0.1 * float(counts.sum())
     assert float(losses.normalizer) == pytest.approx(after)
-    assert_close(losses.normalizer, update_running(state, counts.sum()))
     assert_close(losses.classification, class_sums.sum() / after)
     assert float(state) == 100, "the caller's state is the caller's"
     again = losses_of(outputs, targets, normalizer="running", running=state)
     assert_close(again.total, losses.total)
-
-
-def test_update_running_by_hand() -> None:
-    assert float(update_running(torch.tensor(100.0), torch.tensor(50))) == pytest.approx(95)
-    # a batch without objects counts as 1
-    assert float(update_running(torch.tensor(10.0), torch.tensor(0))) == pytest.approx(9.1)
 
 
 def test_equal_to_torchvision() -> None:

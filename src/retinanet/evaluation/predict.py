@@ -251,15 +251,14 @@ class _MeanLoss:
         if not self._per_image:
             self._settings = self._settings.model_copy(update={"normalizer": "batch"})
         self._model = model
-        self._model_labels = None if label_map is None else invert_label_map(label_map)
+        self._label_map = label_map
         self._sums: dict[int, Tensor] = {}  # by a batch's first image, as threads end in any order
 
     def add(self, batch: Batch, outputs: Outputs) -> None:
         """Add a batch."""
         targets = batch.targets
-        if self._model_labels is not None:
-            labels = to_model_labels(targets.labels, self._model_labels)
-            targets = Targets(targets.boxes, labels)
+        if self._label_map is not None:
+            targets = Targets(targets.boxes, to_model_labels(targets.labels, self._label_map))
         losses = detection_losses(
             outputs,
             output_anchors(self._model, outputs),
@@ -293,22 +292,18 @@ def _float64(values: Tensor) -> Tensor:
     return values.float() if values.device.type == "mps" else values.double()
 
 
-def invert_label_map(label_map: Sequence[int]) -> Tensor:
-    """Map each label of the data to a label of the model; 0 for classes that the model lacks.
+def to_model_labels(labels: Tensor, label_map: Sequence[int]) -> Tensor:
+    """Convert labels of the data to those of the model; negative ones (background, ignored) stay.
 
-    :func:`match_classes` makes sure that the data has no counted object of such classes.
+    Those of classes that the model lacks become 0: :func:`match_classes` makes sure that the data
+    has no counted object of such classes.
 
     Args:
+        labels: of any shape.
         label_map: the data's label of each label of the model, -1 for none.
     """
     inverse = torch.zeros(max([*label_map, 0]) + 1, dtype=torch.int64)
     for model_label, label in enumerate(label_map):
         if label >= 0:
             inverse[label] = model_label
-    return inverse
-
-
-def to_model_labels(labels: Tensor, model_labels: Tensor) -> Tensor:
-    """Labels of the data as labels of the model; negative ones (background, ignored) are kept."""
-    model_labels = model_labels.to(labels.device)
-    return torch.where(labels >= 0, model_labels[labels.clamp(min=0)], labels)
+    return torch.where(labels >= 0, inverse.to(labels.device)[labels.clamp(min=0)], labels)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-from retinanet.config import repeated_names
+from retinanet.config import listed, repeated_names
 from retinanet.data import find_data, read_dataset
 from retinanet.data.check import fault_summary
 from retinanet.data.dataset import Dataset
@@ -189,15 +189,15 @@ def match_classes(classes: Sequence[str], dataset: Dataset) -> tuple[int, ...]:
     if repeated := repeated_names(classes):
         raise WeightsError(
             "classes are matched by name, but several classes of the model are named "
-            f"{_shorten(repeated)}: rename them in its model.json"
+            f"{listed(map(repr, repeated))}: rename them in its model.json"
         )
     labels = {a.label for image in dataset.images for a in image.annotations if not a.ignored}
     missing = [name for label in sorted(labels) if (name := dataset.classes[label]) not in classes]
     if missing:
         raise WeightsError(
             f"the model lacks {len(missing)} classes of objects in {dataset.source} "
-            f"({dataset.split}): {_shorten(missing)}; its {len(classes)} classes are "
-            f"{_shorten(classes)}; --classes evaluates on some classes only"
+            f"({dataset.split}): {listed(map(repr, missing))}; its {len(classes)} classes are "
+            f"{listed(map(repr, classes))}; --classes evaluates on some classes only"
         )
     labels_by_name = {name: label for label, name in enumerate(dataset.classes)}
     return tuple(labels_by_name.get(name, -1) for name in classes)
@@ -291,8 +291,3 @@ def _split_of_file(path: Path, for_results: bool) -> str:
     if for_results:
         return "all"
     return "val" if splits[0] in ("", "train", "trainval") else splits[0]
-
-
-def _shorten(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retinanet.config import build_recipe
+from retinanet.config import build_recipe, listed
 from retinanet.data.image_files import EncodedImage, network_size
 from retinanet.data.images import (
     ImageSource,
@@ -161,9 +161,8 @@ class Detector:
         )
 
     def __repr__(self) -> str:
-        more = len(self.classes) - 5
-        names = ", ".join(self.classes[:5]) + (f" and {more} more" if more > 0 else "")
-        return f"Detector({names}; images of {self.image_size} px; {self.network.description})"
+        details = f"images of {self.image_size} px; {self.network.description}"
+        return f"Detector({listed(self.classes)}; {details})"
 
     def detect(
         self,

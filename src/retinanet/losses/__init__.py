@@ -9,7 +9,6 @@ from retinanet.losses.detection import (
     classification_loss,
     detection_losses,
     distribution_focal_loss,
-    update_running,
 )
 from retinanet.losses.focal import (
     cross_entropy,
@@ -40,6 +39,5 @@ __all__ = [
     "hinge_loss",
     "quality_focal_loss",
     "softmax_focal_loss",
-    "update_running",
     "varifocal_loss",
 ]

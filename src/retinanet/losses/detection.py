@@ -294,21 +294,6 @@ def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:
     return -(pair[..., 0] * (1 - share) + pair[..., 1] * share)
 
 
-def update_running(running: Tensor, foreground_total: Tensor) -> Tensor:
-    """Update the moving average of a batch's number of foreground anchors.
-
-    Source: detectron2, ``DenseDetector._ema_update``: momentum .9 and at least 1 per batch.
-
-    Args:
-        running: () the average so far, RUNNING_START at first.
-        foreground_total: () this batch's number.
-
-    Returns:
-        () a new tensor.
-    """
-    return 0.9 * running + 0.1 * foreground_total.to(running.dtype).clamp(min=1)
-
-
 def _divisors(
     foreground: Tensor,
     normalizer: str,
@@ -333,6 +318,7 @@ def _divisors(
                 f"at first torch.tensor({RUNNING_START})"
             )
         running = running.to(total.device)
+        # detectron2, DenseDetector._ema_update: momentum .9, and at least 1 per batch.
         total = 0.9 * running + 0.1 * total.to(running.dtype)
     return total.expand(len(foreground)), total
 

@@ -24,6 +24,8 @@ from retinanet.errors import ConfigError, MissingExtraError, WeightsError
 from retinanet.files import readable_folder, replace_folder, write_atomic
 from retinanet.model.backbone import check_state
 from retinanet.model.foreign_weights import (
+    IMAGE_SIZE,
+    MAX_SIZE,
     SUFFIXES,
     Loaded,
     fetch_torchvision,
@@ -160,10 +162,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def _of_library(loaded: Loaded, source: str) -> Checkpoint:
-    info = {"source": source, "detect": dict(loaded.detect)}
-    sizes = loaded.image_size, loaded.max_size
-    model = to_channels_last(loaded.model)
-    return Checkpoint(model, loaded.classes, loaded.category_ids, *sizes, info)
+    model, classes, ids, detect = loaded
+    info = {"source": source, "detect": detect}
+    return Checkpoint(to_channels_last(model), classes, ids, IMAGE_SIZE, MAX_SIZE, info)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -315,14 +316,13 @@ class TransferReport(NamedTuple):
 
     Attributes:
         loaded: names of the tensors that were copied whole.
-        skipped: (name, reason) of those that were not.
         rows: classes whose rows of the class head were copied.
-        lost: names of the tensors that only one of the models has, or has in another shape; not of
-            rows of the class head whose class only one of them has.
+        lost: names of the tensors that only one of the models has, or has in another shape, and of
+            the heads' last convolutions where the anchors of a cell, the channels or the head
+            differ; not of rows of the class head whose class only one of them has.
     """
 
     loaded: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
     rows: tuple[str, ...]
     lost: tuple[str, ...]
 
@@ -362,41 +362,26 @@ def transfer_weights(
     given = {_shifted(name, shift): value for name, value in source.model.state_dict().items()}
     source_names = [(synonyms or {}).get(name, name) for name in classes]
     loaded: list[str] = []
-    skipped: list[tuple[str, str]] = []
+    lost: list[str] = []
     same_anchors = _cell(model) == _cell(source.model)
     class_layer = f"class_head.{model.class_layer}."
     for name, tensor in target.items():
-        if name not in given:
-            skipped.append((name, "the source has none"))
-        elif name.startswith((class_layer, "box_head.last.")) and not same_anchors:
-            skipped.append((name, "the anchors of a cell, the channels or the head differ"))
+        is_last = name.startswith((class_layer, "box_head.last."))
+        if name not in given or (is_last and not same_anchors):
+            lost.append(name)
         elif name.startswith(class_layer):
             _copy_rows(tensor, given[name], source_names, source.classes)
         elif given[name].shape != tensor.shape:
-            skipped.append((name, f"{list(given[name].shape)} instead of {list(tensor.shape)}"))
+            lost.append(name)
         else:
             tensor.copy_(given[name])
             loaded.append(name)
-    skipped += [(name, "the model has none") for name in given if name not in target]
-    lost = tuple(name for name, _ in skipped)
-    shared: tuple[str, ...] = ()
-    if same_anchors:
-        rows = dict(zip(classes, source_names, strict=True))
-        shared = tuple(name for name in classes if rows[name] in source.classes)
-        taken = {rows[name] for name in shared}
-        for names, kept, owner in ((classes, shared, "source"), (source.classes, taken, "model")):
-            skipped += [
-                (f"{class_layer[:-1]}: {name}", f"a class that the {owner} lacks")
-                for name in names
-                if name not in kept
-            ]
-    for key in (*PREPROCESSING, "stride_padding", "norm_eps"):
-        given_value, own_value = getattr(source.model.spec, key), getattr(model.spec, key)
-        if given_value != own_value:
-            skipped.append((key, f"{given_value} there, {own_value} here"))
+    lost += [name for name in given if name not in target]
     if not loaded:
         raise WeightsError("nothing of the source fits the model: their networks differ")
-    return TransferReport(tuple(loaded), tuple(skipped), shared, lost)
+    pairs = zip(classes, source_names, strict=True) if same_anchors else ()
+    rows = tuple(name for name, there in pairs if there in source.classes)
+    return TransferReport(tuple(loaded), rows, tuple(lost))
 
 
 def _shifted(name: str, levels: int) -> str:

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,15 +118,8 @@ _RESNETS: dict[tuple[tuple[int, ...], int, int], str] = {
 }
 
 
-class Loaded(NamedTuple):
-    """A model of another library with its classes and settings."""
-
-    model: RetinaNet
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    image_size: int
-    max_size: int
-    detect: Mapping[str, Any]
+Loaded = tuple[RetinaNet, tuple[str, ...], tuple[int, ...], dict[str, Any]]
+"""A model of another library, the names and ids of its classes, and its post-processing."""
 
 
 def published_name(name: str | Path) -> str | None:
@@ -179,8 +172,8 @@ def _with_classes(content: TensorFile, where: str, *, is_v1: bool) -> Loaded:
     classes, ids = _classes(library, content, model.num_classes)
     if len(ids) < model.num_classes:
         model = keep_classes(model, list(ids))
-    detect = DETECT if library == "torchvision" else DETECT | {"detections_per_image": 100}
-    return Loaded(model, classes, ids, IMAGE_SIZE, MAX_SIZE, detect)
+    limit = DETECT["detections_per_image"] if library == "torchvision" else 100
+    return model, classes, ids, DETECT | {"detections_per_image": limit}
 
 
 def convert(content: TensorFile, where: str, **settings: Any) -> RetinaNet:

@@ -26,7 +26,7 @@ from retinanet.data.images import padding_colour
 from retinanet.data.loading import default_workers, eval_loader
 from retinanet.errors import ConfigError, DataError
 from retinanet.evaluation.metrics import to_json_types
-from retinanet.evaluation.predict import Progress, invert_label_map, to_model_labels
+from retinanet.evaluation.predict import Progress, to_model_labels
 from retinanet.evaluation.run import (
     DetectorOptions,
     match_classes,
@@ -178,7 +178,7 @@ def _collect_losses(
     progress: Progress | None,
 ) -> tuple[list[_Array32], list[_Array32], Counter[str]]:
     """(N, G) losses of the positives and of sampled negatives per image, and anchors by kind."""
-    model_labels = invert_label_map(match_classes(detector.classes, dataset))
+    label_map = match_classes(detector.classes, dataset)
     generator = torch.Generator().manual_seed(0)
     positives: list[_Array32] = []
     negatives: list[_Array32] = []
@@ -193,7 +193,7 @@ def _collect_losses(
     )
     for done, batch in enumerate(loader, start=1):
         logits, labels = _anchors_of(network, batch.to(network.device), settings)
-        labels = to_model_labels(labels, model_labels)
+        labels = to_label_map(labels, label_map)
         # About as many in all: all images are resized to about the same number of anchors. Drawn
         # on the CPU, so that the sample does not depend on the device.
         chance = MAX_NEGATIVES / (len(labels) * len(dataset))

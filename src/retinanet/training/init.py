@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retinanet.config import AnchorConfig, ModelConfig, Recipe, nearest
+from retinanet.config import AnchorConfig, ModelConfig, Recipe, listed, nearest
 from retinanet.errors import ConfigError, WeightsError
 from retinanet.files import readable_folder
 from retinanet.model.checkpoint import (
@@ -116,13 +116,8 @@ def describe_transfer(report: TransferReport, classes: Sequence[str]) -> str:
     if lost:
         text += f" (lost: {_by_part(lost)})"
     if report.rows:
-        text += f"; class rows loaded: {_listed(report.rows)}"
-    return text + (f"; classes without rows there: {_listed(new)}" if new else "")
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+        text += f"; class rows loaded: {listed(report.rows)}"
+    return text + (f"; classes without rows there: {listed(new)}" if new else "")
 
 
 def _count(names: Sequence[str]) -> Counter[str]:

@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from retinanet.config import Recipe, load_recipe, setting_names, to_toml
 from retinanet.errors import ConfigError, DataError, WeightsError
-from retinanet.files import readable_folder, recover_folder, write_atomic
+from retinanet.files import readable_folder, write_atomic
 from retinanet.training.step import Progress
 
 # These may change between a run and its resumption: the resulting weights do not depend on them.
@@ -54,22 +54,12 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.unreadable = self.path / "unreadable.jsonl"
 
-    @contextmanager
-    def lock(self, enabled: bool = True) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep other trainings out of the folder."""
-        if not enabled:
-            yield
-            return
         if not self.last.is_dir():
             self._check_empty()
         self.path.mkdir(parents=True, exist_ok=True)
-        with folder_lock(self.path, "training"):
-            yield
-
-    def recover(self) -> None:
-        """Finish the renames that a kill may have interrupted."""
-        recover_folder(self.last)
-        recover_folder(self.best)
+        return folder_lock(self.path, "training")
 
     def stored_recipe(self) -> Recipe | None:
         """Return the settings of the run to resume; None: there is no run."""

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -27,6 +26,9 @@ from retinanet.losses.detection import Losses, detection_losses
 from retinanet.model.precision import DTYPES
 from retinanet.model.retinanet import RetinaNet
 from retinanet.structures import Batch, Targets
+
+if TYPE_CHECKING:  # slow to import, and a run folder is read without it
+    from accelerate import Accelerator
 
 MAX_CONSECUTIVE_SKIPPED_STEPS = 20
 """Overflows in a row under fp16 that end a run: the loss scale halves each time, 2^16 to 1/16."""

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from retinanet.data.dataset import Dataset
 from retinanet.data.loading import default_workers
 from retinanet.data.memory import Reader
 from retinanet.errors import ConfigError
+from retinanet.files import recover_folder
 from retinanet.model.backbone import check_weights_file
 from retinanet.model.precision import NAMES, choose_dtype
 from retinanet.own import import_own
@@ -157,7 +158,7 @@ def run_task(
         emit("message", message=repeats.describe())
     task = make_task(settings)
     _check_batch_size(settings)
-    with run.lock(accelerator.is_main_process):
+    with run.lock() if accelerator.is_main_process else nullcontext():
         stored = _open_run(run, splits, task)
         if stored is not None and stored.finished and more_epochs is None:
             early = " (stopped early)" if stored.stopped_early else ""
@@ -328,7 +329,8 @@ def _open_run(run: RunFolder, data: TrainingData, task: TrainingTask) -> Progres
     recipe, accelerator = task.settings.recipe, task.settings.accelerator
     digest = data.digest(run.unreadable_sizes())
     if accelerator.is_main_process:
-        run.recover()
+        for folder in (run.last, run.best):
+            recover_folder(folder)
     accelerator.wait_for_everyone()
     stored = read_progress(run.last)
     if stored is None:
