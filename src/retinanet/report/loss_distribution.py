@@ -193,7 +193,7 @@ def _collect_losses(
     )
     for done, batch in enumerate(loader, start=1):
         logits, labels = _anchors_of(network, batch.to(network.device), settings)
-        labels = to_label_map(labels, label_map)
+        labels = to_model_labels(labels, label_map)
         # About as many in all: all images are resized to about the same number of anchors. Drawn
         # on the CPU, so that the sample does not depend on the device.
         chance = MAX_NEGATIVES / (len(labels) * len(dataset))
