@@ -137,7 +137,7 @@ def write_shard(results: Iterator[ImageDetections | Failure], file: Path, *, net
     objects: Counter[str] = Counter()
     with pq.ParquetWriter(file, schema, compression="zstd") as table:
         while chunk := list(islice(results, _ROWS)):
-            rows = []
+            rows: list[dict[str, Any]] = []
             for item in chunk:
                 (errors if isinstance(item, Failure) else rows).append(_encodable(item.to_dict()))
             images += len(rows)

@@ -242,7 +242,8 @@ def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
     np.cumsum(np.sort(losses), dtype=np.float64, out=sums[1:])
     if sums[-1] == 0:
         return np.full(len(fractions), np.nan)
-    return np.interp(fractions * len(losses), np.arange(len(sums)), sums) / sums[-1]
+    shares: _Array = np.interp(fractions * len(losses), np.arange(len(sums)), sums) / sums[-1]
+    return shares
 
 
 def _curves(

@@ -151,8 +151,9 @@ def speed_accuracy(
     points = []
     for point, seconds in zip(untimed, time_in_turns(calls, rounds).values(), strict=True):
         median, low, high = (1000 * value / len(timed) for value in seconds)
-        times = {"milliseconds": median, "milliseconds_low": low, "milliseconds_high": high}
-        points.append(replace(point, **times))
+        points.append(
+            replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
+        )
     return SpeedAccuracy(
         points=tuple(points),
         images=len(dataset),
