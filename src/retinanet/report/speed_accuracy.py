@@ -123,8 +123,7 @@ def speed_accuracy(
         if not scales or len(set(scales)) != len(scales):
             raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
         if not _MIN_SCALE <= min(scales) <= max(scales) <= _MAX_SCALE:
-            limits = f"{_MIN_SCALE} to {_MAX_SCALE} pixels"
-            raise ConfigError(f"scales are shorter sides of {limits}, got {list(scales)}")
+            raise ConfigError(f"scales are {_MIN_SCALE} to {_MAX_SCALE} pixels, got {list(scales)}")
     checkpoints = {
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
