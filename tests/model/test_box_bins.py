@@ -64,6 +64,14 @@ def test_outputs_are_the_same_in_both_modes_and_begin_at_the_anchors(mode: bool)
     assert tiny_network(2).train(mode)(IMAGES).distributions == ()
 
 
+@pytest.mark.parametrize("bins", [4, 7, 16])
+def test_boxes_begin_at_the_anchors_with_any_number_of_bins(bins: int) -> None:
+    model = tiny_network(2, box_bins=bins)
+    torch.nn.init.zeros_(model.box_head.last.weight)
+    for level in model(IMAGES).deltas:
+        torch.testing.assert_close(level, torch.zeros_like(level), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_copy_gives_the_deltas_of_the_network(dtype: torch.dtype) -> None:
     model = tiny_network(2, spread=True, box_bins=BINS)

@@ -18,6 +18,7 @@ from retinanet.data import read_splits, usable
 from retinanet.data.balance import repeat_factors
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.training.data import recipe_recall
+from retinanet.training.optim import resolve_steps
 from retinanet.training.settings_from_data import choose_settings, needs, values
 
 Box = tuple[float, float, float, float]
@@ -214,13 +215,30 @@ def test_many_classes_take_group_norm_in_the_heads() -> None:
 
 
 def test_without_a_gpu_the_network_is_small() -> None:
-    found = chosen(squares(100, 3))
+    found = chosen(squares(100, 3), "train.batch_size=8")
     assert found == {"model.backbone": "mobilenet_v2", "model.channels": 64, "model.head_depth": 2}
-    stated = chosen(squares(100, 3), "model.backbone=resnet18", "model.channels=32")
+    stated = chosen(
+        squares(100, 3), "model.backbone=resnet18", "model.channels=32", "train.batch_size=8"
+    )
     assert stated == {"model.head_depth": 2}
     scratch = ("model.backbone_weights=none", "model.norm=group")
     assert chosen(squares(100, 3), *scratch)["model.backbone"] == "mobilenet_v2"
     assert "model.backbone" not in chosen(squares(100, 3), on_gpu=True)
+
+
+def test_without_a_gpu_few_steps_are_of_half_the_images() -> None:
+    # 24 epochs of 499 and 500 images are 1497 and 1500 steps of 8.
+    batch = {"train.batch_size": 4, "train.min_steps": 800}
+    assert batch.items() <= chosen(squares(100, 1, images=499)).items()
+    assert not batch.keys() & chosen(squares(100, 1, images=500)).keys()
+    few = squares(100, 3)
+    recipe = load_recipe("quick")
+    assert resolve_steps(20, recipe.choose(chosen(few)).train) == 800
+    assert not batch.keys() & chosen(few, on_gpu=True).keys()
+    assert not batch.keys() & chosen(few, "train.batch_size=8").keys()
+    assert not batch.keys() & chosen(few, "train.steps=100").keys()
+    assert not batch.keys() & chosen(few, batch_multiple=8).keys()  # an image each
+    assert not batch.keys() & chosen(few, "train.time=100").keys()  # the plan decides
 
 
 def test_backbone_follows_from_its_weights(tmp_path: Path) -> None:
@@ -304,11 +322,11 @@ def test_skewed_classes_are_balanced_by_a_threshold_with_effect() -> None:
 
 
 def test_a_large_validation_split_is_validated_less_often() -> None:
-    # 400 steps of 8 images; of 3200 images a tenth is 320, of 3 x 320 validated without gradients:
+    # 800 steps of 4 images; of 3200 images a tenth is 320, of 3 x 320 validated without gradients:
     # 960 = 2 x 480.
     dataset = squares(100, 3)
     assert chosen(dataset, num_val=480)["train.validate_every"] == 0.5
-    assert chosen(dataset, num_val=2000)["train.validate_every"] == 400
+    assert chosen(dataset, num_val=2000)["train.validate_every"] == 800
     assert "train.validate_every" not in chosen(dataset, num_val=100)  # 9, and the recipe has 8
     # An image has 3 x 3 tiles.
     assert chosen(dataset, "data.tile=256", num_val=53)["train.validate_every"] == 0.5

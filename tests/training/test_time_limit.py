@@ -71,7 +71,7 @@ def plan(seconds: float, pace: Pace, *settings: str, **options: Any) -> tuple[di
 def test_plan_keeps_a_sufficient_training() -> None:
     # 1000 s, less 3% and 6 s for the report: 964 s. Five validations of 19 s: 869 s are 434 steps.
     assert seconds_to_train(1000) == 964
-    changes, planned = plan(1000, Pace(2.0, 19.0))
+    changes, planned = plan(1000, Pace(2.0, 19.0), on_gpu=True)
     assert planned[:2] == (434, 5)
     assert changes == {
         "train.steps": 434,
@@ -93,6 +93,18 @@ def test_plan_with_few_steps_halves_the_batch_and_then_the_images() -> None:
     assert planned.steps == 542
 
 
+def test_plan_on_a_cpu_halves_the_batch_of_under_1500_steps() -> None:
+    # .65 s a step: 1483 steps of 8 images; .64 s: 1506.
+    changes, planned = plan(1000, Pace(0.65, 0.0))
+    assert (changes["train.batch_size"], planned.steps) == (4, 2966)
+    assert "data.image_size" not in changes
+    assert "train.batch_size" not in plan(1000, Pace(0.64, 0.0))[0]
+    assert "train.batch_size" not in plan(1000, Pace(0.65, 0.0), on_gpu=True)[0]
+    assert "train.batch_size" not in plan(1000, Pace(0.65, 0.0), "train.batch_size=8")[0]
+    # Of 8 processes each has an image.
+    assert "train.batch_size" not in plan(1000, Pace(0.65, 0.0), batch_multiple=8)[0]
+
+
 def test_plan_keeps_what_is_stated() -> None:
     stated = ("train.batch_size=8", "data.image_size=384", "data.max_size=640")
     changes, planned = plan(1000, Pace(8.0, 0.0), *stated, "train.validate_every=50")
@@ -108,7 +120,7 @@ def test_plan_with_few_images_seen_leaves_p2_out_and_then_reduces_the_images() -
     recipe = load_recipe("quick", ["train.time=1000"]).choose({"model.p2": True})
 
     def planned(images: int, **options: Any) -> tuple[dict[str, Any], int]:
-        given = {"num_images": 20000, "max_side": 640, "min_side": 256} | options
+        given = {"num_images": 20000, "max_side": 640, "min_side": 256, "on_gpu": True} | options
         changes, plan = plan_training(recipe, Pace(2.0, 0.0), 0.0, enough_images=images, **given)
         return {
             k: v for k, v in changes.items() if k in ("model.p2", "data.image_size")
@@ -123,7 +135,9 @@ def test_plan_with_few_images_seen_leaves_p2_out_and_then_reduces_the_images() -
     assert planned(10**6, min_side=416) == ({}, 482)
     assert planned(10**6, min_side=0)[0] == {"model.p2": False, "data.image_size": 64}
     stated = ("model.p2=true", "data.image_size=384", "data.max_size=640")
-    changes, kept = plan(1000, Pace(2.0, 0.0), *stated, enough_images=10**6, min_side=256)
+    changes, kept = plan(
+        1000, Pace(2.0, 0.0), *stated, enough_images=10**6, min_side=256, on_gpu=True
+    )
     assert kept.steps == 482
     assert not {"model.p2", "data.image_size"} & changes.keys()
 

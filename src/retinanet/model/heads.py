@@ -147,12 +147,19 @@ def start_at_anchors(head: Head, bins: int) -> None:
     """Set the last bias so that each box is at first nearly its anchor, as with deltas of 0.
 
     Bins of equal probability would begin with boxes of 4 times an anchor's side (n = 16), by whose
-    IoU the task-aligned assignment would choose. The probability of each bin is 2/3 of the one
-    before: its mean is 2 without an end, and 1.98 with 16 bins.
+    IoU the task-aligned assignment would choose. The probability of each bin is a constant times
+    that of the one before, such that the mean is 2 (:func:`retinanet.boxes.side_distances`).
+    A head of one's own starts as it was built.
     """
-    bias = -math.log(1.5) * torch.arange(bins + 1, dtype=head.last.weight.dtype)
+    values = torch.arange(bins + 1, dtype=torch.float64)
+    low, high = -10.0, 10.0  # logarithm of the constant; the mean grows with it
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = float((values * middle).softmax(dim=0) @ values) < 2
+        low, high = (middle, high) if below else (low, middle)
+    bias = low * values.repeat(head.last.out_channels // (bins + 1))
     with torch.no_grad():
-        cast(Tensor, head.last.bias).copy_(bias.repeat(head.last.out_channels // (bins + 1)))
+        cast(Tensor, head.last.bias).copy_(bias)
 
 
 def last_convolution(head: nn.Module, outputs: int) -> str:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from retinanet.config import Recipe
 from retinanet.errors import ConfigError
 from retinanet.training.optim import short_warmup
-from retinanet.training.settings_from_data import P2_COST
+from retinanet.training.settings_from_data import FEW_STEPS, P2_COST, can_halve
 
 MIN_STEPS = 20
 """A training with fewer steps is meaningless."""
 
 ENOUGH_STEPS = 400
-"""With fewer steps, smaller batches and images are considered; `quick` trains no less."""
+"""With fewer steps, smaller images are considered; `quick` trains no less."""
 
 VALIDATION_SHARE = 0.1
 """Share of the time for validations, at most; there is always one, of the last weights."""
@@ -27,7 +27,7 @@ _REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
 _MAX_VALIDATIONS = 8
 _TUNING_VALIDATIONS = 2  # as long as train.tune_detection takes, the search of NMS included
 _MANY_EPOCHS = 72  # above that, larger images
-_MIN_BATCH, _MIN_SIDE = 4, 256
+_MIN_SIDE = 256
 _MEASURED_STEPS = 5  # at least, for a new plan
 _SIDE_STEP = 1.25  # between two image sizes that are considered
 
@@ -107,13 +107,15 @@ def plan_training(
     enough_images: int = 0,
     min_side: int = 0,
     batch_multiple: int = 1,
+    on_gpu: bool = False,
 ) -> tuple[dict[str, Any], Plan]:
     """Choose the length of a training for a limit and, with ``auto``, its batch and image size.
 
     With less than 400 steps the batch is halved, which keeps the number of images seen, and then
     images become smaller. With less than `enough_images` P2 is left out, and then images become
-    smaller. With more than 72 epochs they become larger. What the recipe states is kept, and so is
-    the size of tiles. The time of a step is taken as proportional to batch and pixels.
+    smaller. With more than 72 epochs they become larger. On a CPU the batch is halved where less
+    than 1,500 steps are left. What the recipe states is kept, and so is the size of tiles. The time
+    of a step is taken as proportional to batch and pixels.
 
     Args:
         recipe: all settings.
@@ -123,7 +125,7 @@ def plan_training(
         max_side: image size from which larger images are not worth their time.
         enough_images: to train on in all, repetitions included.
         min_side: image size from which objects are large enough without P2.
-        batch_multiple: of the batch size.
+        batch_multiple, on_gpu: as for :func:`choose_settings`.
 
     Raises:
         ConfigError: the limit is too short.
@@ -133,16 +135,13 @@ def plan_training(
     seconds = seconds_to_train(limit) - elapsed
     batch, side, p2 = recipe.train.batch_size, recipe.data.image_size, recipe.model.p2
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
-    fixed_side = (
-        not recipe.auto
-        or recipe.data.tile is not None
-        or any(map(recipe.states, ("data.image_size", "data.max_size")))
-    )
+    fixed_side = not recipe.auto or recipe.data.tile is not None
+    fixed_side |= any(map(recipe.states, ("data.image_size", "data.max_size")))
     plan = plan_steps(seconds, pace)
     while plan.steps < ENOUGH_STEPS:
-        half, smaller = batch // 2, next_side(side, 1 / _SIDE_STEP)
-        if not fixed_batch and half >= _MIN_BATCH and not batch % (2 * batch_multiple):
-            batch, pace = half, Pace(pace.step / 2, pace.validation)
+        smaller = next_side(side, 1 / _SIDE_STEP)
+        if not fixed_batch and can_halve(batch, batch_multiple):
+            batch, pace = batch // 2, Pace(pace.step / 2, pace.validation)
         elif not fixed_side and smaller >= _MIN_SIDE:
             side, pace = smaller, pace.at(smaller / side)
         else:
@@ -163,6 +162,10 @@ def plan_training(
         if larger > max_side:
             break
         side, pace = larger, pace.at(larger / side)
+        plan = plan_steps(seconds, pace)
+    small_batch = not (on_gpu or fixed_batch)
+    while small_batch and plan.steps < FEW_STEPS and can_halve(batch, batch_multiple):
+        batch, pace = batch // 2, Pace(pace.step / 2, pace.validation)
         plan = plan_steps(seconds, pace)
     _check_long_enough(plan, pace, limit, elapsed)
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}

@@ -218,6 +218,7 @@ def _resolve(
             data.train_images,
             num_val=len(data.val) if data.val else 0,
             on_gpu=settings.accelerator.device.type != "cpu",
+            batch_multiple=settings.accelerator.num_processes * max(1, recipe.train.accumulate),
         )
         choices, lengths = choose(), {}
         if recipe.train.time is not None:
@@ -263,7 +264,8 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     """Return the settings with which the training fits into its time limit."""
     recipe, train_set = settings.recipe, settings.train_set
     num_images = epoch_size(train_set, recipe.data)
-    need = needs(train_set, num_images, on_gpu=settings.accelerator.device.type != "cpu")
+    on_gpu = settings.accelerator.device.type != "cpu"
+    need = needs(train_set, num_images, on_gpu=on_gpu)
     changes, plan = plan_training(
         recipe,
         pace,
@@ -273,6 +275,7 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
         enough_images=need.images,
         min_side=need.min_side,
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
+        on_gpu=on_gpu,
     )
     batch = changes.get("train.batch_size", recipe.train.batch_size)
     side = changes.get("data.image_size", recipe.data.image_size)
