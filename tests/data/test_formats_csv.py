@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.data import find_data, read_dataset, read_splits
 from retinanet.errors import DataError
 
 
@@ -32,7 +32,7 @@ def test_columns_by_name(tmp_path: Path, make_image: MakeImage, text: str) -> No
     make_image(tmp_path / "images" / "a.jpg")
     file = write(tmp_path / "labels.csv", text)
     for path in (file, tmp_path):
-        assert find_format(path) == "csv"
+        assert find_data(path).format == "csv"
         dataset = read_dataset(path, "all")
         assert dataset.problems == ()
         assert dataset.classes == ("cat",)

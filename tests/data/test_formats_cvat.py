@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import check_datasets, convert, find_format, read_dataset, read_splits
+from retinanet.data import check_datasets, convert, find_data, read_dataset, read_splits
 from retinanet.data.fix import write_fixed
 from retinanet.errors import DataError
 
@@ -40,7 +40,7 @@ def test_boxes_labels_and_background(tmp_path: Path, make_image: MakeImage) -> N
     text = annotations(image("a.jpg", box() + box("dog") + outside), image("b.jpg", id_=7))
     file = write(tmp_path / "annotations.xml", text)
     for path in (file, tmp_path):
-        assert find_format(path) == "cvat"
+        assert find_data(path).format == "cvat"
         dataset = read_dataset(path, "all")
         assert dataset.problems == ()
         assert dataset.classes == ("dog", "cat")  # the order of <meta>; parts of skeletons left out

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import check_datasets, find_format, read_dataset, read_splits
+from retinanet.data import check_datasets, find_data, read_dataset, read_splits
 from retinanet.errors import DataError
 
 # 10 and 20 percent of 40 x 30 pixels are 4 and 6.
@@ -48,7 +48,7 @@ def test_rectangles_and_background(tmp_path: Path, make_image: MakeImage) -> Non
         make_image(tmp_path / name, seed=seed)
     file = export(tmp_path, task("a.jpg", region(), region("ant", "r2")), task("b.jpg", id_=2))
     for path in (file, tmp_path):
-        assert find_format(path) == "labelstudio"
+        assert find_data(path).format == "labelstudio"
         dataset = read_dataset(path, "all")
         assert dataset.problems == ()
         assert dataset.classes == ("ant", "cat")
@@ -100,7 +100,7 @@ def test_json_min(tmp_path: Path, make_image: MakeImage) -> None:
     other = {**row, "annotation_id": 10, "label": []}  # of a second person
     empty = {"id": 2, "image": "/data/upload/1/0123abcd-b.jpg", "annotator": 1, "annotation_id": 11}
     export(tmp_path, row, other, empty)
-    assert find_format(tmp_path) == "labelstudio"
+    assert find_data(tmp_path).format == "labelstudio"
     dataset = read_dataset(tmp_path, "all")
     assert dataset.problems == ()
     assert [i.path.name for i in dataset.images] == ["a.jpg", "b.jpg"]
@@ -313,7 +313,7 @@ def test_other_lists_are_not_tasks(tmp_path: Path) -> None:
     write(tmp_path / "empty.json", "")
     write(tmp_path / "data.json", '{"data": [], "annotations": []}')
     with pytest.raises(DataError, match=r"not COCO .* Label Studio"):
-        find_format(tmp_path)
+        find_data(tmp_path)
 
 
 def test_two_addresses_of_one_file(tmp_path: Path, make_image: MakeImage) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, voc_xml, write
 
-from retinanet.data import find_format, read_dataset, read_splits
+from retinanet.data import find_data, read_dataset, read_splits
 from retinanet.errors import DataError
 
 
@@ -98,7 +98,7 @@ def test_a_image_without_xml_is_no_background(tmp_path: Path, make_image: MakeIm
 def test_xml_of_other_programs_is_not_voc(tmp_path: Path) -> None:
     write(tmp_path / "a.xml", "<project/>")
     with pytest.raises(DataError, match="no labelled data found"):
-        find_format(tmp_path)
+        find_data(tmp_path)
 
 
 @pytest.mark.data

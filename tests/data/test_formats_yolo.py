@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from labelled_folders import MakeImage, write
 
-from retinanet.data import find_format, read_dataset, read_splits, usable
+from retinanet.data import find_data, read_dataset, read_splits, usable
 from retinanet.data.check import fault_summary
 from retinanet.errors import DataError
 
@@ -69,7 +69,7 @@ def test_trees_without_yaml(tmp_path: Path, make_image: MakeImage) -> None:
     for stem in "ab":
         _pair(tmp_path / "flat", make_image, ".", ".", stem)
     write(tmp_path / "flat" / "classes.txt", "cat\ndog\n")
-    assert find_format(tmp_path / "flat") == "yolo"
+    assert find_data(tmp_path / "flat").format == "yolo"
     dataset = read_dataset(tmp_path / "flat", "all")
     assert dataset.problems == ()
     assert [len(image.annotations) for image in dataset.images] == [1, 1]

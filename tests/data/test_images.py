@@ -91,7 +91,7 @@ def test_stored_size_unpacks_nothing(
         raise AssertionError("it was unpacked")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
-    assert stored_size(data) == (40, 56)
+    assert stored_size(data) == (40, 56, 0)
 
 
 GREY_ALPHA = np.array([[[100, 255], [100, 0]]], np.uint8)

@@ -354,20 +354,6 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
     assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 50) + 6000
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"workers": -1}, "workers -1"),
-        ({"rank": 2, "world_size": 2}, "rank 2"),
-        ({"rank": -1}, "rank -1"),
-    ],
-)
-def test_numbers_out_of_range(dataset: Dataset, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        training(dataset, **changes)
-
-
 def test_empty_data(tmp_path: Path) -> None:
     empty = make_dataset(tmp_path, [])
     with pytest.raises(ValueError, match=r"split 'train' of .* has no image"):

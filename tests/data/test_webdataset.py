@@ -19,7 +19,7 @@ from labelled_folders import MakeImage, coco_image, coco_json, coco_object, writ
 from PIL import Image
 
 from retinanet.data import archives, check_datasets, convert, read_dataset, read_splits
-from retinanet.data.formats import digest, find_format
+from retinanet.data.formats import digest, find_data
 from retinanet.data.formats.webdataset import parse_shard_size
 from retinanet.data.image_files import image_size
 from retinanet.data.images import read_image, read_reduced
@@ -230,7 +230,7 @@ def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
                 {"__key__": f"n/{number:04d}", "jpg": jpeg(), "json": {"objects": objects},
                  "seg.png": b"a mask", "txt": "a word"}
             )  # fmt: skip
-    assert find_format(tmp_path) == "webdataset"
+    assert find_data(tmp_path).format == "webdataset"
     dataset = read_dataset(tmp_path, "all")
     assert dataset.classes == ("cat", "dog")
     assert dataset.category_ids == (1, 2)
@@ -395,8 +395,8 @@ def test_faults_of_a_shard(
         (label(width="40"), "label-unreadable", "\"width\" is not a whole number but '40'"),
         (label(id=[1]), "label-unreadable", '"id" is neither number nor text but [1]'),
         (label(extra=1), "label-unreadable", '"extra" is no object but 1'),
-        (label({"class": "cat"}), "box-not-a-number", "object 0: box None is not 4 numbers"),
-        (label({"box": [1, 2, 3, 4]}), "class-unknown", "object 0: its class is None, not a name"),
+        (label({"class": "cat"}), "box-not-a-number", "object 0 (cat): box None: not four numbers"),
+        (label({"box": [1, 2, 3, 4]}), "class-unknown", "object 0 has no class"),
         (label(CAT, 7), "label-unreadable", 'object 1: is 7, not {"class": "cat", "box": [x1, y1'),
     ],
 )

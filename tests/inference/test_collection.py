@@ -397,7 +397,7 @@ def test_collection_on_s3_matches_the_local_engine(
             detect(model, "s3://bucket/nothing", out)
         with pytest.raises(DataError, match="no image in this folder"):
             detect(model, "s3://bucket/out/parquet", out)
-        with pytest.raises(DataError, match="s3://nowhere/out cannot be written to: "):
+        with pytest.raises(DataError, match="s3://nowhere/out: cannot be accessed: "):
             detect(model, str(images), "s3://nowhere/out")
     finally:
         server.stop()

@@ -28,8 +28,8 @@ from retinanet.batch.inputs import is_archive, list_inputs
 from retinanet.batch.store import Store
 from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_file
 from retinanet.config import check_choice
-from retinanet.data.archives import is_remote, one_line
-from retinanet.errors import ConfigError, DataError, MissingExtraError, RetinaNetError
+from retinanet.data.archives import is_remote
+from retinanet.errors import ConfigError, DataError, MissingExtraError
 from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
 from retinanet.inference.exported import is_exported
@@ -226,24 +226,15 @@ def _identity(
 
 def _check_plan(store: Store, plan: dict[str, Any]) -> int:
     """Compare with the folder's plan, or write it; returns the size of the folder's shards."""
+    if not store.names():
+        size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
+        plan = {**plan, "shard_size": plan["shard_size"] or size}
+        store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+        return int(plan["shard_size"])
     try:
-        names = store.names()
-        if not names:
-            size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
-            plan = {**plan, "shard_size": plan["shard_size"] or size}
-            store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-            return int(plan["shard_size"])
-        content = b"{}"
-        if PLAN in names:
-            with store.open(PLAN) as file:
-                content = file.read()
-    except RetinaNetError:
-        raise
-    except Exception as error:  # of a disk, or of any store
-        raise DataError(f"{store.address} cannot be written to: {one_line(error)}") from None
-    try:
-        old = dict(json.loads(content))
-    except (ValueError, TypeError):
+        with store.open(PLAN) as file:
+            old = dict(json.load(file))
+    except (FileNotFoundError, ValueError, TypeError):
         old = {}
     if (old.get("format"), old.get("version")) != (plan["format"], plan["version"]):
         raise ConfigError(
@@ -282,11 +273,7 @@ def _missing(store: Store, shards: Sequence[object]) -> list[int]:
 
 
 def share_resources(ray: Any, device: str, workers: int | None) -> tuple[int, int, int]:
-    """Share the cluster's processors and GPUs among the detectors.
-
-    Returns:
-        Number of detectors, and processors and GPUs (0 or 1) of each.
-    """
+    """Return the number of detectors on a cluster, and processors and GPUs (0 or 1) of each."""
     nodes = [
         (int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
         for node in ray.nodes()
@@ -396,33 +383,27 @@ def _summarize(store: Store, shards: int, done_before: int) -> CollectionSummary
     """Write the list of errors and the summary, from the metadata of all shards."""
     import pyarrow.parquet as pq
 
-    objects: Counter[str] = Counter()
-    network: Counter[str] = Counter()
-    images = 0
-    failures: list[dict[str, str]] = []
-
     def read(shard: int) -> dict[str, Any]:
         with store.open(shard_file(shard)) as file:
-            metadata = pq.read_metadata(file).metadata[METADATA]
-        return dict(json.loads(metadata))
+            return dict(json.loads(pq.read_metadata(file).metadata[METADATA]))
 
     with ThreadPoolExecutor(16, thread_name_prefix="read-shard") as pool:
-        for metadata in pool.map(read, range(shards)):
-            images += metadata["images"]
-            objects.update(metadata["objects"])
-            network[metadata["network"]] += 1
-            failures += metadata["errors"]
+        of_shards = list(pool.map(read, range(shards)))
+    objects: Counter[str] = Counter()
+    for shard in of_shards:
+        objects.update(shard["objects"])
+    failures = [failure for shard in of_shards for failure in shard["errors"]]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failures]
     store.write("errors.jsonl", "".join(lines))
     summary = CollectionSummary(
         out=store.address,
-        images=images,
+        images=sum(shard["images"] for shard in of_shards),
         objects=dict(objects.most_common()),
         errors=len(failures),
         failures=tuple(failures[:20]),
         shards=shards,
         done_before=done_before,
-        network=dict(network),
+        network=dict(Counter(shard["network"] for shard in of_shards)),
     )
     store.write(SUMMARY, json.dumps(summary.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return summary

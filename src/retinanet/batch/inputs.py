@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from retinanet.data.archives import is_remote, one_line, open_files
+from retinanet.data.archives import accessing, is_remote, one_line, open_files
 from retinanet.data.image_files import IMAGE_SUFFIXES
 from retinanet.errors import DataError, ImageError, MissingExtraError
 from retinanet.inference.detections import Failure
@@ -63,8 +63,7 @@ def _without_braces(given: str) -> list[str]:
 
 
 def _expand(given: str, outputs: OutputFilter) -> list[str]:
-    files, path = open_files(given)
-    try:
+    with accessing(given) as (files, path):
         exists, is_folder = files.exists(path), files.isdir(path)
         # An existing file is never a glob, whatever brackets its name contains.
         if not exists and not glob.has_magic(path):
@@ -80,10 +79,6 @@ def _expand(given: str, outputs: OutputFilter) -> list[str]:
         else:
             listed = list_folder(given) if is_folder else match_glob(given)[1]
             names = [str(file) for file in outputs.inputs(listed)]
-    except DataError:
-        raise
-    except Exception as error:  # no key, no right, no network: each store has its own
-        raise DataError(f"{given}: cannot be accessed: {one_line(error)}") from None
     inputs = [name for name in names if is_image_name(name) or is_archive(name)]
     if not inputs:
         problem = "no image in this folder" if is_folder else "no image matches"

@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.archives import address_of, is_remote, list_names, open_files
+from retinanet.data.archives import accessing, address_of, is_remote, list_names, one_line
+from retinanet.errors import DataError
 from retinanet.files import write_atomic
 
 # Object stores: a file appears when it is complete; renaming it would be a copy.
@@ -29,8 +30,8 @@ class Store:
 
     def open(self, name: str) -> Any:
         """Open the file `name` (relative, with slashes) for reading bytes."""
-        files, root = open_files(self.address)
-        return files.open(f"{root}/{name}", "rb")
+        with accessing(self.address) as (files, root):
+            return files.open(f"{root}/{name}", "rb")
 
     def names(self, folder: str = "") -> set[str]:
         """Return the names in a folder; none if the folder does not exist."""
@@ -43,13 +44,16 @@ class Store:
         if not is_remote(self.address):
             write_atomic(Path(self.address, name), content)
             return
-        files, root = open_files(self.address)
-        target = f"{root}/{name}"
         data = content.encode("utf-8") if isinstance(content, str) else content
-        if self.address.partition("://")[0] in _ATOMIC:
-            files.pipe_file(target, data)
-        else:
-            part = f"{target}.{uuid.uuid4().hex}.part"
-            files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            files.pipe_file(part, data)
-            files.mv(part, target)
+        try:
+            with accessing(self.address) as (files, root):
+                target = f"{root}/{name}"
+                if self.address.partition("://")[0] in _ATOMIC:
+                    files.pipe_file(target, data)
+                else:
+                    part = f"{target}.{uuid.uuid4().hex}.part"
+                    files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    files.pipe_file(part, data)
+                    files.mv(part, target)
+        except FileNotFoundError as error:  # no such bucket
+            raise DataError(f"{self.address}: cannot be accessed: {one_line(error)}") from None

@@ -60,11 +60,7 @@ class ShardDetector:
     """An actor of Ray Data's pool: called with a row for each shard."""
 
     def __init__(self, work: Any) -> None:
-        """Load the model.
-
-        Args:
-            work: the :class:`Work`, or Ray's reference to it.
-        """
+        """Load the model; `work` is the :class:`Work`, or Ray's reference to it."""
         self._error = ""
         try:
             if not isinstance(work, Work):
@@ -97,11 +93,8 @@ class ShardDetector:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Detect in a shard and write it.
 
-        Args:
-            row: ``shard``, its number, and ``inputs``, a JSON list.
-
-        Returns:
-            ``shard``; ``error``: empty, or why it failed; ``fatal``: whether every shard fails.
+        The row has the number of the ``shard`` and its ``inputs``, a JSON list. Returns ``shard``,
+        ``error`` (empty, or why it failed) and ``fatal`` (whether every shard fails).
         """
         shard, error = int(row["shard"]), self._error
         if not error:
@@ -144,10 +137,9 @@ def write_shard(results: Iterator[ImageDetections | Failure], file: Path, *, net
     objects: Counter[str] = Counter()
     with pq.ParquetWriter(file, schema, compression="zstd") as table:
         while chunk := list(islice(results, _ROWS)):
-            errors += [_encodable(item.to_dict()) for item in chunk if isinstance(item, Failure)]
-            rows = [
-                _encodable(item.to_dict()) for item in chunk if isinstance(item, ImageDetections)
-            ]
+            rows: list[dict[str, Any]] = []
+            for item in chunk:
+                (errors if isinstance(item, Failure) else rows).append(_encodable(item.to_dict()))
             images += len(rows)
             objects.update(found["class"] for row in rows for found in row["detections"])
             if rows:

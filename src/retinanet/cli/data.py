@@ -17,7 +17,7 @@ from retinanet.config import setting_text
 
 if TYPE_CHECKING:
     from retinanet.config import Recipe
-    from retinanet.data import AnchorRecall, CheckReport, Dataset, Statistics
+    from retinanet.data import AnchorRecall, CheckReport, Dataset, LabelledImage, Statistics
 
 MAX_DECODED = 5000  # images that are decoded without --decode
 _SHOWN_PROBLEMS = 10  # per kind
@@ -121,6 +121,7 @@ def check(
         report = check_datasets(splits, decode=decode, progress=update)
     if not decode:
         note(f"read the headers of {num_images} images; --decode also checks their pixels")
+    from retinanet.data.tiling import recommend_tile
     from retinanet.training.settings_from_data import values  # torch
 
     recall, choices = None, []
@@ -129,15 +130,20 @@ def check(
         choices = choose_for(config, known)
         if config.matching.assignment == "iou":
             recall = _recall(known, config.choose(values(choices)))
-    tile = _recommend_tile(report.statistics, config.choose(values(choices)))
+    chosen = config.choose(values(choices)).data
+    of_train = report.statistics.get("train") or next(iter(report.statistics.values()))
+    tile = recommend_tile(of_train, chosen.image_size, chosen.max_size)
     written = None
     if options.fix is not None:
         with progress("writing") as update:
             written = write_fixed(splits, report, options.fix, progress=update)
     if json:
-        anchors = recall.to_dict() if recall else None
-        result = report.to_dict() | {"anchors": anchors, "recommended_tile": tile}
-        result["choices"] = [asdict(choice) for choice in choices]
+        result = {
+            **report.to_dict(),
+            "anchors": recall and recall.to_dict(),
+            "recommended_tile": tile,
+            "choices": [asdict(choice) for choice in choices],
+        }
         if written is not None:
             result["fixed"] = {"folder": written.folder, "objects": written.objects}
         print_json(result)
@@ -147,7 +153,7 @@ def check(
         if choices:
             show_choices([asdict(choice) for choice in choices])
         if recall is not None:
-            _show_recall(recall, config.choose(values(choices)).data.tile)
+            _show_recall(recall, chosen.tile)
         if tile is not None:
             say(
                 f"objects are small against their images: train on tiles, data.tile={tile} "
@@ -215,13 +221,16 @@ def show(
     config = _with_choices(recipe.load(), data, options, dataset)
     if options.anchors:
         _check_assignment(config)
+    draw: Any = draw_augmented if options.augmented else draw_labels
     with progress("drawing") as update:
-        choice: dict[str, Any] = {"count": options.count, "seed": options.seed, "progress": update}
-        if options.augmented:
-            drawn = draw_augmented(dataset, options.out, recipe=config, **choice)
-        else:
-            shown = config if options.anchors else None
-            drawn = draw_labels(dataset, options.out, recipe=shown, **choice)
+        drawn = draw(
+            dataset,
+            options.out,
+            count=options.count,
+            seed=options.seed,
+            recipe=config if options.augmented or options.anchors else None,
+            progress=update,
+        )
     if json:
         print_json({"out": options.out, **vars(drawn)})
     else:
@@ -341,24 +350,16 @@ def _recall(splits: Mapping[str, Dataset], config: Recipe) -> AnchorRecall:
     )
 
 
-def _recommend_tile(statistics: Mapping[str, Statistics], config: Recipe) -> int | None:
-    from retinanet.data.tiling import recommend_tile
-
-    split = statistics.get("train") or next(iter(statistics.values()))
-    return recommend_tile(split, config.data.image_size, config.data.max_size)
-
-
 def _with_known_size(splits: Mapping[str, Dataset], report: CheckReport) -> dict[str, Dataset]:
     """Return the splits without images whose size is in neither the labels nor a readable file."""
-    known = {}
-    for name, dataset in splits.items():
-        images = [
-            image
-            for image in dataset.images
-            if (image.width and image.height) or not report.image_info[image.path].failure
-        ]
-        known[name] = replace(dataset, images=tuple(images))
-    return known
+
+    def is_known(image: LabelledImage) -> bool:
+        return bool(image.width and image.height) or not report.image_info[image.path].failure
+
+    return {
+        name: replace(dataset, images=tuple(filter(is_known, dataset.images)))
+        for name, dataset in splits.items()
+    }
 
 
 def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:

@@ -111,9 +111,9 @@ def run_demo(
     Args:
         out: output folder; what an earlier call finished there is reused.
         images: number of images per split.
-        settings: settings over the recipe ``demo``.
-        seed: random seed of the images and both trainings.
-        device: device to train on.
+        settings: over the recipe ``demo``.
+        seed: of the images and both trainings.
+        device: to train on.
 
     Raises:
         RetinaNetError: a training failed; the other has saved its state.
@@ -164,10 +164,9 @@ def run_demo(
 def _draw(
     results: list[LossResult], dataset: Dataset, folder: Path, device: str
 ) -> list[tuple[Image.Image, str]]:
-    """Draw ground truth and each model's detections on some images, and save the files.
+    """Draw ground truth, then each model's detections, on some images, and save the files.
 
-    Returns:
-        images with captions, row by row: the ground truth, then each model.
+    Returns the drawings with captions, row by row.
     """
     from retinanet.inference import load
     from retinanet.report.html import draw_truth

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +22,6 @@ from retinanet.cli.settings import (
     TileOptions,
     option,
 )
-
-if TYPE_CHECKING:
-    from retinanet.inference.detections import Failure
-    from retinanet.inference.detector import Detector
-    from retinanet.inference.sources import Source
 
 
 @dataclass(frozen=True)
@@ -155,11 +150,12 @@ def _detect_images(
     settings: dict[str, Any],
     json: bool,
 ) -> bool:
-    """Detect in images and print the summary; returns whether all could be read."""
+    """Detect in images, write the files, print the summary; returns whether all could be read."""
     from retinanet.inference import load
     from retinanet.inference.backends import network_settings
     from retinanet.inference.detections import Failure
     from retinanet.inference.sources import Source, iter_sources
+    from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
     listed = list(iter_sources(sources, once=True))
     readable = [source for source in listed if isinstance(source, Source)]
@@ -169,7 +165,26 @@ def _detect_images(
     if options["precision"] == "int8" and options["calibrate"] is None:
         options["calibrate"] = readable
     detector = load(model, **options)
-    objects = _write_detections(detector, readable, failures, files, quiet=json, **settings)
+    objects: Counter[str] = Counter()
+    formats = [name for n in (files.format or "json,images").split(",") if (name := n.strip())]
+    root = LOCAL_FILES if files.image_root is None else files.image_root
+    drawn = files.draw_threshold or 0.0
+    with (
+        open_outputs(files.out, formats, drawn_score=drawn, image_root=root) as write,
+        progress("detecting") as update,
+    ):
+        if not json:
+            note(detector.network.description)
+        for failure in failures:
+            write(failure)
+        stream = detector.stream(readable, keep_pixels="images" in formats, **settings)
+        for done, result in enumerate(stream, start=1):
+            write(result)
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                objects.update(detector.classes[label] for label in result.labels.tolist())
+            update(done, len(readable))
     images = len(listed) - len(failures)
     if json:
         print_json(
@@ -195,44 +210,6 @@ def _detect_images(
     if failures:
         note_failures([failure.reason for failure in failures], "image")
     return not failures
-
-
-def _write_detections(
-    detector: Detector,
-    sources: list[Source],
-    failures: list[Failure],
-    files: FileOptions,
-    *,
-    quiet: bool,
-    **settings: Any,
-) -> Counter[str]:
-    """Write the files, add to `failures`, and return the boxes per class."""
-    from retinanet.inference.detections import Failure
-    from retinanet.inference.writers import LOCAL_FILES, open_outputs
-
-    names = (files.format or "json,images").split(",")
-    formats = [name.strip() for name in names if name.strip()]
-    image_root = LOCAL_FILES if files.image_root is None else files.image_root
-    objects: Counter[str] = Counter()
-    with (
-        open_outputs(
-            files.out, formats, drawn_score=files.draw_threshold or 0.0, image_root=image_root
-        ) as write,
-        progress("detecting") as update,
-    ):
-        if not quiet:
-            note(detector.network.description)
-        for failure in failures:
-            write(failure)
-        stream = detector.stream(sources, keep_pixels="images" in formats, **settings)
-        for done, result in enumerate(stream, start=1):
-            write(result)
-            if isinstance(result, Failure):
-                failures.append(result)
-            else:
-                objects.update(detector.classes[label] for label in result.labels.tolist())
-            update(done, len(sources))
-    return objects
 
 
 def _detect_collection(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from contextlib import closing
+import itertools
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,21 +106,15 @@ def _name_videos(videos: list[str], out: Path) -> dict[str, str | None]:
     from retinanet.errors import DataError
     from retinanet.inference.sources import is_stream
 
-    live = [video for video in videos if video.isdecimal() or is_stream(video)]
-    inputs = {Path(video).resolve(): video for video in videos if video not in live}
-    names: dict[str, str | None] = {}
+    files = [video for video in videos if not (video.isdecimal() or is_stream(video))]
+    inputs = {Path(video).resolve(): video for video in files}
+    names: dict[str, str | None] = dict.fromkeys(videos)
     taken: set[str] = set()
-    for video in videos:
-        if video in live:
-            names[video] = None
-            continue
-        stem = name = Path(video).stem
-        number = 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{stem}-{number}"
+    for video in files:
+        stem = Path(video).stem
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        names[video] = name = next(c for c in candidates if c.casefold() not in taken)
         taken.add(name.casefold())
-        names[video] = name
         other = inputs.get((out / f"{name}.mp4").resolve())
         if other not in (None, video):
             raise DataError(
@@ -133,14 +128,11 @@ def _samples(videos: list[str]) -> list[Any]:
     from retinanet.errors import DataError
     from retinanet.video.reading import VideoReader
 
-    for video in videos:
-        try:
-            with closing(VideoReader(video)) as reader:
-                return list(reader.samples())
-        except DataError:
-            if video == videos[-1]:
-                raise
-    return []
+    for video in videos[:-1]:
+        with suppress(DataError), closing(VideoReader(video)) as reader:
+            return reader.samples()
+    with closing(VideoReader(videos[-1])) as reader:
+        return reader.samples()
 
 
 def _print_summary(summary: VideoSummary) -> None:

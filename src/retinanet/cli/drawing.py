@@ -30,12 +30,9 @@ _RED = (255, 0, 0)
 
 @dataclass
 class DrawnLabels:
-    """Counts of what was drawn.
+    """Numbers of images and objects drawn, anchors matched to these, and objects without any.
 
-    Attributes:
-        images, objects: number of images and of their objects.
-        anchors, unmatched: anchors matched to an object, and objects without any.
-        failures: errors of the images that could not be drawn.
+    `failures` are the errors of the images that could not be drawn.
     """
 
     images: int = 0

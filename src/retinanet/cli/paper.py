@@ -15,7 +15,7 @@ import typer
 
 from retinanet.cli.console import note, print_json, progress, say, table
 from retinanet.cli.console import seconds as format_seconds
-from retinanet.cli.settings import DeviceOptions, Json, option
+from retinanet.cli.settings import DeviceOptions, Json, option, parse_duration
 from retinanet.cli.settings import Settings as Overrides
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def list_experiments(
     rows: Annotated[
         bool, typer.Option("--rows", help="List the rows that are trained, with their settings.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """List the tables and figures that can be run."""
     from retinanet.paper.tables import EXPERIMENTS
@@ -116,12 +116,14 @@ def run(
 
     All rows have the same images, steps, order and initial weights. Rerun the command to resume.
     """
+    from retinanet.config import check_choice
     from retinanet.paper.outputs import write_outputs
     from retinanet.paper.plan import Settings
+    from retinanet.paper.tables import EXPERIMENTS
 
-    experiments = _find_experiments(name)
-    _check_rows(name, experiments, options.row or ())
-    _check_lengths(options)
+    check_choice("the table or figure", name, [*EXPERIMENTS, "all"])
+    experiments = list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
+    _check_options(name, experiments, options)
     trained = [e.name for e in experiments if any(row.trained for row in e.rows)]
     data = options.data
     if trained and data is None:
@@ -185,7 +187,7 @@ def _train(
 
     rows, device = options.row, options.device
     has_budget = not options.full and options.steps is None
-    budget = _budget_seconds(options.budget or "20min") if has_budget else 0
+    budget = parse_duration("--budget", options.budget or "20min") if has_budget else 0
     splits = read_data(settings)
     choose_device(device)
     workers = Workers.default(settings.data, out, jobs=options.jobs, device=device)
@@ -220,25 +222,14 @@ def _train(
     return Trainings(whole, results, settings, splits, workers, command)
 
 
-def _find_experiments(name: str) -> list[Experiment]:
-    from retinanet.config import check_choice
-    from retinanet.paper.tables import EXPERIMENTS
-
-    check_choice("the table or figure", name, [*EXPERIMENTS, "all"])
-    return list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
-
-
-def _check_rows(name: str, experiments: Sequence[Experiment], keys: Sequence[str]) -> None:
+def _check_options(name: str, experiments: Sequence[Experiment], options: RunOptions) -> None:
     from retinanet.config import check_choice
 
     known = [row.key for experiment in experiments for row in experiment.rows if row.trained]
-    if keys and not known:
+    if options.row and not known:
         raise typer.BadParameter(f"--row: {name} has no row to train")
-    for key in keys:
+    for key in options.row or ():
         check_choice(f"row of {name}", key, known)
-
-
-def _check_lengths(options: RunOptions) -> None:
     lengths = (options.full, options.budget is not None, options.steps is not None)
     if sum(lengths) > 1:
         raise typer.BadParameter("--full, --budget and --steps exclude each other: use one of them")
@@ -246,15 +237,6 @@ def _check_lengths(options: RunOptions) -> None:
         raise typer.BadParameter(
             "--full uses the paper's recipes and sizes: leave out --recipe and --image-size"
         )
-
-
-def _budget_seconds(text: str) -> float:
-    from retinanet.config import parse_seconds
-
-    try:
-        return parse_seconds(text)
-    except ValueError:
-        raise typer.BadParameter(f"invalid --budget {text!r}: use 90s, 20min or 2h") from None
 
 
 def _announce(plan: Plan, settings: Settings, workers: Workers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -206,9 +207,7 @@ def _name(run: str) -> str:
 
 
 def _write_json(stem: Path, value: Mapping[str, Any]) -> Path:
-    import json
-
     from retinanet.files import write_atomic
 
-    text = json.dumps(plain(value), indent=1, allow_nan=False)
+    text = dumps(plain(value), indent=1, allow_nan=False)
     return write_atomic(stem.with_name(f"{stem.name}.json"), text + "\n")

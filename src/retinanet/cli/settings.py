@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from retinanet.config import load_with_keywords, recipe_names
+from retinanet.config import load_with_keywords, parse_seconds, recipe_names
 from retinanet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -159,6 +159,14 @@ class DetectorOptions(EngineOptions):
     image_size: int | None = option(
         "Shorter image side in pixels; larger detects smaller objects.", shown="the model's"
     )
+
+
+def parse_duration(option: str, text: str) -> float:
+    """Return the seconds of a duration such as ``20min``; `option` names it in the error."""
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {error}") from None
 
 
 def split_names(text: str) -> list[str]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import json as json_text
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from retinanet.cli.console import (
-    note_failures,
-    plain,
-    print_json,
-    progress,
-    say,
-    table,
-)
+from retinanet.cli.console import note_failures, plain, print_json, progress, say, table
 from retinanet.cli.settings import DetectorOptions, Json, Model, TileOptions, option
 
 _SHOWN = 20  # images
@@ -53,6 +47,8 @@ def suspects(
 
     Writes a page of crops, a table (CSV and JSON), and tasks for Label Studio and CVAT.
     """
+    from retinanet.evaluation.suspects import KINDS
+
     settings = {**tiles.given(), "batch_size": options.batch_size}
     if options.next is None:
         result = _find(model, data, options, {**vars(detector), **settings})
@@ -61,10 +57,9 @@ def suspects(
     if json:
         print_json({"out": options.out, **result})
         return
+    rows: list[Any]
     if options.next is None:
-        rows: list[Any] = [
-            (kind, _meaning(kind), number) for kind, number in result["counts"].items()
-        ]
+        rows = [(kind, KINDS[kind], number) for kind, number in result["counts"].items()]
         table("Suspects", ["kind", "meaning", "suspects"], rows, left=2)
     else:
         rows = [(row["image"], row["uncertainty"]) for row in result["images"][:_SHOWN]]
@@ -72,17 +67,9 @@ def suspects(
     say(f"wrote a page, tables and tasks for Label Studio and CVAT to {options.out}")
 
 
-def _meaning(kind: str) -> str:
-    from retinanet.evaluation.suspects import KINDS
-
-    return KINDS[kind]
-
-
 def _find(
     model: str, data: str, options: SuspectOptions, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    from dataclasses import replace
-
     from retinanet.evaluation.suspects import KINDS, find_suspects
     from retinanet.report.suspects import write_suspects
 
@@ -129,8 +116,6 @@ def _write(
     options: SuspectOptions, name: str, rows: Sequence[Mapping[str, Any]], tasks: Any
 ) -> None:
     """Write the table as CSV and JSON, and the tasks."""
-    import json
-
     from retinanet.files import csv_text, write_atomic
     from retinanet.inference.writers import LOCAL_FILES, open_outputs
 
@@ -139,4 +124,4 @@ def _write(
         for image in tasks:
             write(image)
     write_atomic(options.out / f"{name}.csv", csv_text(rows, ["rank"]))
-    write_atomic(options.out / f"{name}.json", json.dumps(plain(rows), indent=1) + "\n")
+    write_atomic(options.out / f"{name}.json", json_text.dumps(plain(rows), indent=1) + "\n")

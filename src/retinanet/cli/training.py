@@ -30,12 +30,7 @@ _LINE_EVERY = 30.0  # seconds between two lines of progress where there is no sc
 
 
 def run_training(
-    recipe: Recipe,
-    data: str | Path,
-    folder: Path,
-    *,
-    title: str = "training",
-    **options: Any,
+    recipe: Recipe, data: str | Path, folder: Path, *, title: str = "training", **options: Any
 ) -> Run:
     """Train with a progress bar."""
     from retinanet.training.trainer import train

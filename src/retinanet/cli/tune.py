@@ -10,7 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from retinanet.cli.console import note, print_json, say, seconds, table
-from retinanet.cli.settings import RECIPE_HELP, DeviceOptions, Json, LabelledData, option
+from retinanet.cli.settings import (
+    RECIPE_HELP,
+    DeviceOptions,
+    Json,
+    LabelledData,
+    option,
+    parse_duration,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +54,9 @@ def tune(
     takes a twentieth of the budget, or the train.time, train.steps or train.epochs that is given.
     Ctrl-C stops after the current step; the same command resumes the search.
     """
-    from retinanet.config import parse_seconds
-    from retinanet.errors import ConfigError
     from retinanet.training.search import Trial, parse_ranges, search
 
     ranges, fixed = parse_ranges(settings)
-    try:
-        budget = parse_seconds(options.budget)
-    except ValueError as error:
-        raise ConfigError(f"--budget {error}") from None
 
     def show(trial: Trial) -> None:
         values = ", ".join(f"{key}={_text(value)}" for key, value in trial.values.items())
@@ -69,7 +70,7 @@ def tune(
         ranges,
         recipe=options.recipe,
         settings=fixed,
-        budget=budget,
+        budget=parse_duration("--budget", options.budget),
         max_trials=options.trials,
         device=options.device,
         on_trial=show,
@@ -77,9 +78,9 @@ def tune(
     best = result.best
     command = ""
     if best is not None:
-        chosen = [f"{key}={_text(value)}" for key, value in best.values.items()]
-        kept = [text for text in fixed if not text.startswith("train.time=")]
-        words = ["retinanet", "train", str(data), "--recipe", options.recipe, *kept, *chosen]
+        words = ["retinanet", "train", str(data), "--recipe", options.recipe]
+        words += [text for text in fixed if not text.startswith("train.time=")]
+        words += [f"{key}={_text(value)}" for key, value in best.values.items()]
         command = shlex.join(words)
     if json:
         values = {"out": folder, "command": command, "best": best and best.number}
@@ -87,16 +88,11 @@ def tune(
     else:
         names = [own.setting for own in ranges]
         ranked = sorted(result.trials, key=lambda t: (t is not best, t.state != "complete", -t.ap))
-        table(
-            "Trials, the best first",
-            ["trial", "state", *names, "AP", "time"],
-            [
-                (str(t.number), t.state, *(_text(t.values.get(name, "-")) for name in names), t.ap,
-                 seconds(t.seconds))
-                for t in ranked
-            ],
-            left=2,
-        )  # fmt: skip
+        rows = []
+        for trial in ranked:
+            chosen = [_text(trial.values.get(name, "-")) for name in names]
+            rows.append([str(trial.number), trial.state, *chosen, trial.ap, seconds(trial.seconds)])
+        table("Trials, the best first", ["trial", "state", *names, "AP", "time"], rows, left=2)
         if best is not None:
             say(f"run      {folder / 'trials' / f'{best.number:03}'}: config.toml, best/")
             say(f"next     {command}")

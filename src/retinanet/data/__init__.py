@@ -4,14 +4,7 @@ from retinanet.data.check import CheckReport, check_datasets, usable
 from retinanet.data.convert import Written, convert
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
 from retinanet.data.fix import write_fixed
-from retinanet.data.formats import (
-    DataSource,
-    digest,
-    find_data,
-    find_format,
-    read_dataset,
-    read_splits,
-)
+from retinanet.data.formats import DataSource, digest, find_data, read_dataset, read_splits
 from retinanet.data.statistics import AnchorRecall, Statistics, anchor_recall
 
 __all__ = [
@@ -29,7 +22,6 @@ __all__ = [
     "convert",
     "digest",
     "find_data",
-    "find_format",
     "read_dataset",
     "read_splits",
     "usable",

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -31,14 +31,9 @@ _BLOCK = 1 << 23  # bytes per read of a remote archive's headers; s3fs reads 50 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive.
+    """A file inside the archive of an address: `size` bytes from `offset` on.
 
-    Attributes:
-        archive: the archive's address.
-        name: its name there, with ``/`` between folders.
-        offset: of its first byte in the archive.
-        size: bytes.
-        content: its bytes, if they were fetched already.
+    Its name there has ``/`` between folders; `content` are its bytes, if they were fetched already.
     """
 
     archive: str
@@ -105,7 +100,7 @@ def one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _accessing(address: str) -> Iterator[tuple[Any, str]]:
+def accessing(address: str) -> Iterator[tuple[Any, str]]:
     """Yield :func:`open_files`; what a store raises, except for a missing file, is a DataError."""
     try:
         yield open_files(address)
@@ -117,14 +112,14 @@ def _accessing(address: str) -> Iterator[tuple[Any, str]]:
 
 def read_file(address: str) -> bytes:
     """Read a whole file."""
-    with _accessing(address) as (files, path):
+    with accessing(address) as (files, path):
         return bytes(files.cat_file(path))
 
 
 def list_names(address: str) -> list[str]:
     """Return the names in a folder, sorted; empty if it is no folder."""
     try:
-        with _accessing(address) as (files, path):
+        with accessing(address) as (files, path):
             listed = [str(entry).strip("/") for entry in files.ls(path, detail=False)]
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -138,7 +133,7 @@ def list_names(address: str) -> list[str]:
 def archive_of(path: str | os.PathLike[str]) -> str | None:
     """Return the address of the archive that a path leads into, or None."""
     inside = _split(path)
-    return inside[0] if inside else None
+    return inside and inside[0]
 
 
 def find_member(path: str | os.PathLike[str]) -> Member | None:
@@ -189,7 +184,7 @@ def read_members(members: Sequence[Member]) -> list[bytes]:
         return []
     ends = [member.offset + member.size for member in members]
     try:
-        with _accessing(members[0].archive) as (files, _):
+        with accessing(members[0].archive) as (files, _):
             from fsspec.core import strip_protocol
 
             paths = [strip_protocol(member.archive) for member in members]
@@ -211,41 +206,28 @@ def read_members(members: Sequence[Member]) -> list[bytes]:
 def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
     """Return the same files; members in remote archives with their bytes, fetched together."""
     remote = [file for file in files if isinstance(file, Member) and is_remote(file.archive)]
-    contents = dict(zip(remote, read_members(remote), strict=True))
-    return [
-        replace(file, content=contents[file])
-        if isinstance(file, Member) and file in contents
-        else file
-        for file in files
-    ]
+    read = zip(remote, read_members(remote), strict=True)
+    fetched: dict[str | Member, Member] = {m: replace(m, content=c) for m, c in read}
+    return [fetched.get(file, file) for file in files]
 
 
 def members_of(archive: str) -> Mapping[str, Member]:
     """Return the members of an archive by name, in its order; of a repeated name the last."""
     if is_remote(archive):
-        return _remote_members(archive)
+        return _members(archive, ())
     try:
         stat = os.stat(archive)
     except OSError as error:
         raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
-    return _local_members(archive, (stat.st_size, stat.st_mtime_ns))
+    return _members(archive, (stat.st_size, stat.st_mtime_ns))
 
 
-@cache  # without a limit: it would be fetched whole again
-def _remote_members(archive: str) -> Mapping[str, Member]:
-    return _members(archive)
-
-
-@lru_cache(maxsize=256)
-def _local_members(archive: str, stamp: tuple[int, int]) -> Mapping[str, Member]:
-    """Read the headers of a file; `stamp` changes with it."""
-    return _members(archive)
-
-
-def _members(archive: str) -> Mapping[str, Member]:
+@cache  # without a limit: a remote archive would be fetched whole again
+def _members(archive: str, stamp: tuple[int, ...]) -> Mapping[str, Member]:
+    """Read the headers of an archive; `stamp` changes with a local one."""
     try:
         with (
-            _accessing(archive) as (files, path),
+            accessing(archive) as (files, path),
             files.open(path, "rb", block_size=_BLOCK) as file,
         ):
             return _read_headers(archive, file)

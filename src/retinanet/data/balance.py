@@ -94,8 +94,7 @@ def balance(dataset: Dataset, config: DataConfig) -> RepeatFactors | None:
     if config.balance != "none":
         repeats = repeat_factors(dataset, config.balance_threshold)
     is_empty = np.array(
-        [image.window is not None and not image.has_object for image in dataset.images],
-        dtype=bool,
+        [image.window is not None and not image.has_object for image in dataset.images], dtype=bool
     )
     if config.empty_tiles == 1 or not is_empty.any():
         return repeats

@@ -25,10 +25,10 @@ ReadResult = tuple[Tensor, tuple[int, int]]
 
 _MAX_SHARE = 0.5  # of the free memory, or of the free disk
 
-# A row of the table per file: height and width of the whole image, 1 if its format has no reduced
-# decoding, and per factor offset, height and width of the pixels. An offset of 0 is none.
+# The table has three numbers per file, height and width of the whole image and 1 if its format has
+# no reduced decoding, then offset, height and width of the pixels per factor; an offset of 0: none.
 _FACTORS = (1, *sorted(REDUCTIONS))
-_COLUMNS = 3 + 3 * len(_FACTORS)
+_ROWS = 1 + len(_FACTORS)
 
 
 class ImageCache:
@@ -39,8 +39,7 @@ class ImageCache:
     """
 
     def __init__(self, num_files: int, capacity: int, folder: Path | None = None) -> None:
-        self._num_files = num_files
-        self._start = 8 * (1 + num_files * _COLUMNS)
+        self._start = 8 * (1 + num_files * _ROWS * 3)
         self._size = self._start + capacity
         if folder is None:
             self._open(os.memfd_create("retinanet-images"))
@@ -49,7 +48,7 @@ class ImageCache:
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._open(os.dup(file.fileno()))
         with self._locked():  # not all network disks have locks
-            self._numbers[0] = self._start  # the first free byte
+            self._free[0] = self._start  # the first free byte
 
     def read(
         self, number: int, wanted: tuple[int, int] | None, read: Callable[[], ReadResult]
@@ -75,15 +74,14 @@ class ImageCache:
 
     def has(self, number: int) -> bool:
         """Return whether an image is kept, at some size."""
-        return bool(self._row(number)[3::3].any())
+        return bool(self._table[number, 1:, 0].any())
 
     def _find(self, number: int, wanted: tuple[int, int] | None) -> ReadResult | None:
-        row = self._row(number)
-        height, width, is_irreducible = row[:3].tolist()
+        height, width, is_irreducible = self._table[number, 0].tolist()
         if not height:
             return None
         factor = 1 if wanted is None or is_irreducible else reduction(height, width, *wanted)
-        offset, rows, columns = _slot(row, factor).tolist()
+        offset, rows, columns = self._table[number, 1 + _FACTORS.index(factor)].tolist()
         if not offset:
             return None
         count = 3 * rows * columns
@@ -93,14 +91,13 @@ class ImageCache:
     def _keep(
         self, number: int, wanted: tuple[int, int] | None, image: Tensor, size: tuple[int, int]
     ) -> None:
-        row = self._row(number)
-        row[:2] = size
+        whole, *slots = self._table[number]
         rows, columns = image.shape[-2:]
         factor = min(_FACTORS, key=lambda factor: abs(size[0] - rows * factor))
-        if wanted is not None and reduction(*size, *wanted) != factor:
-            row[2] = 1
-        slot = _slot(row, factor)
-        start = int(self._numbers[0])
+        is_irreducible = wanted is not None and reduction(*size, *wanted) != factor
+        whole[:] = *size, whole[2] or is_irreducible
+        slot = slots[_FACTORS.index(factor)]
+        start = int(self._free[0])
         if slot[0] or start + image.numel() > self._size:
             return
         try:
@@ -110,10 +107,7 @@ class ImageCache:
             written = 0
         if written == image.numel():
             slot[:] = start, rows, columns
-            self._numbers[0] = start + written
-
-    def _row(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return self._numbers[1 + number * _COLUMNS : 1 + (number + 1) * _COLUMNS]
+            self._free[0] = start + written
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -130,12 +124,12 @@ class ImageCache:
         self._file = file
         self._path = f"/proc/{os.getpid()}/fd/{file}"
         self._map = mmap.mmap(file, self._size)
-        count = self._start // 8
-        self._numbers = np.frombuffer(self._map, np.int64, count)
+        numbers = np.frombuffer(self._map, np.int64, self._start // 8)
+        self._free, self._table = numbers[:1], numbers[1:].reshape(-1, _ROWS, 3)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what another process opens the file by, while this one has it open."""
-        names = ("_num_files", "_start", "_size", "_path")
+        names = ("_start", "_size", "_path")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,13 +139,6 @@ class ImageCache:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)  # the map lives as long as tensors of it
-
-
-def _slot(
-    row: np.ndarray[Any, np.dtype[np.int64]], factor: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    first = 3 + 3 * _FACTORS.index(factor)
-    return row[first : first + 3]
 
 
 def build_cache(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from retinanet.data import archives
 from retinanet.data.boxes import CLIPPED, check_box
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage, Problem
-from retinanet.data.formats.labels import ALL_FAULTY, DROPPED
+from retinanet.data.formats.reading import ALL_FAULTY, DROPPED
 from retinanet.data.image_files import (
     SIDEWAYS,
     exif_orientation,
@@ -247,14 +248,13 @@ def _open_header(path: Path, is_shared: bool) -> ImageInfo | None:
         return None
     if orientation in SIDEWAYS:
         width, height = height, width
-    suffix = _other_suffix(path, image.format or "")
     digest = (_content(path) or "") if is_shared else ""
-    return ImageInfo(height, width, orientation, suffix, digest)
+    return ImageInfo(height, width, orientation, _other_suffix(path, image), digest)
 
 
-def _other_suffix(path: Path, form: str) -> str:
-    """Return the extension of a format if the file's is of another one."""
-    suffix = suffix_of(form)
+def _other_suffix(path: Path, image: Image.Image) -> str:
+    """Return the extension of an image's format if the file's is of another one."""
+    suffix = suffix_of(image.format or "")
     named = Image.registered_extensions().get(path.suffix.lower(), "")
     return suffix if named and suffix_of(named) != suffix else ""
 
@@ -284,7 +284,6 @@ def _open(path: Path) -> ImageInfo:
 
 def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
     with Image.open(BytesIO(content)) as image:
-        form = image.format or ""
         orientation = exif_orientation(image)
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -296,7 +295,7 @@ def _decode(path: Path, content: bytes, digest: str) -> ImageInfo:
         height=height,
         width=width,
         orientation=orientation if orientation in range(1, 9) else 1,
-        suffix=_other_suffix(path, form),
+        suffix=_other_suffix(path, image),
         file_digest=digest,
         pixel_digest=f"{pixels.mode} {pixels.size} {values}",
     )
@@ -328,23 +327,20 @@ def copies_of(images: Iterable[Path], others: Iterable[Path]) -> set[Path]:
 
     Files in archives are compared by their names only.
     """
-    keys: tuple[Callable[[Path], object], ...] = (
-        _size,
-        lambda path: (_size(path), _content(path, _BEGINNING)),
-        _content,
-    )
     found, among = {*images}, {*others}
     same = found & among
     found, among = (
         {path for path in group - same if archives.archive_of(path) is None}
         for group in (found, among)
     )
-    for key in keys:
-        of_found = {path: key(path) for path in found}
-        of_among = {path: key(path) for path in among}
+    beginning = partial(_content, limit=_BEGINNING)
+    for key in (_size, beginning, _content):  # each for those that are equal so far
+        of_found, of_among = ({path: key(path) for path in group} for group in (found, among))
         shared = {*of_found.values()} & {*of_among.values()} - {None}
-        found = {path for path, value in of_found.items() if value in shared}
-        among = {path for path, value in of_among.items() if value in shared}
+        found, among = (
+            {path for path, value in group.items() if value in shared}
+            for group in (of_found, of_among)
+        )
     return same | found
 
 

@@ -121,12 +121,7 @@ def _array(values: Tensor | npt.ArrayLike, dtype: type[Any]) -> npt.NDArray[Any]
 
 
 def _draw_box(
-    canvas: ImageDraw.ImageDraw,
-    box: npt.NDArray[Any],
-    colour: Colour,
-    line: int,
-    *,
-    dashed: bool,
+    canvas: ImageDraw.ImageDraw, box: npt.NDArray[Any], colour: Colour, line: int, *, dashed: bool
 ) -> None:
     # Pixel i spans i to i + 1: the last pixel inside the box is the one before its end.
     x1, y1 = round(box[0]), round(box[1])

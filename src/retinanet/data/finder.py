@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -149,12 +150,11 @@ class Tree:
 
     @cached_property
     def _by_suffix(self) -> dict[str, list[Path]]:
-        groups: dict[str, list[Path]] = defaultdict(list)
-        for file in self.label_files:
-            suffix = file.suffix.lower()
-            is_json = suffix == ".gz" and Path(file.stem).suffix.lower() == ".json"
-            groups[".json" if is_json else suffix].append(file)
-        return dict(groups)
+        def suffix(file: Path) -> str:
+            is_json = file.name.lower().endswith(".json.gz")
+            return ".json" if is_json else file.suffix.lower()
+
+        return _group_by(suffix, self.label_files)
 
     def split_of(self, file: Path, *, by_name: bool = False) -> str:
         """Return the split that the folders of a file (or its own name) indicate, or ``""``."""
@@ -169,10 +169,7 @@ class Tree:
 
     def group(self, files: Iterable[Path], *, by_name: bool = False) -> dict[str, list[Path]]:
         """Group files by split; ``""`` has those without one."""
-        groups: dict[str, list[Path]] = {}
-        for file in files:
-            groups.setdefault(self.split_of(file, by_name=by_name), []).append(file)
-        return groups
+        return _group_by(partial(self.split_of, by_name=by_name), files)
 
     def named(self, *names: str) -> Path | None:
         """Return the first file of one of these names: in `top`, above it up to `root`, below."""
@@ -187,11 +184,11 @@ class Tree:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        return _index(self.images, lambda path: path.name)
+        return _group_by(lambda path: fold(path.name), self.images)
 
     @cached_property
     def _by_stem(self) -> dict[str, list[Path]]:
-        return _index(self.images, lambda path: path.stem)
+        return _group_by(lambda path: fold(path.stem), self.images)
 
     def has_stem(self, file: Path) -> bool:
         """Whether an image has the stem of a label file."""
@@ -271,20 +268,16 @@ class Tree:
         return ranked[max(ranked)]
 
 
-def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, list[Path]]:
-    index: dict[str, list[Path]] = defaultdict(list)
+def _group_by(key: Callable[[Path], str], files: Iterable[Path]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
     for file in files:
-        index[fold(key(file))].append(file)
-    return dict(index)
+        groups.setdefault(key(file), []).append(file)
+    return groups
 
 
 def _common_tail(one: list[str], other: list[str]) -> int:
-    count = 0
-    for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _own_folders(folder: Path, root: Path) -> set[str]:
@@ -335,9 +328,6 @@ def relative(path: Path, top: Path) -> str:
 
 
 def count_suffixes(files: Iterable[Path]) -> Iterator[str]:
-    """Yield ``12 .txt`` for each suffix of files, the most frequent first."""
-    counts: dict[str, int] = defaultdict(int)
-    for file in files:
-        counts[file.suffix.lower() or "without suffix"] += 1
-    for suffix, number in sorted(counts.items(), key=lambda item: -item[1]):
-        yield f"{number} {suffix}"
+    """Return ``12 .txt`` for each suffix of files, the most frequent first."""
+    counts = Counter(file.suffix.lower() or "without suffix" for file in files)
+    return (f"{number} {suffix}" for suffix, number in counts.most_common())

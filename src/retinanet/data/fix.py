@@ -13,7 +13,7 @@ from retinanet.data.check import CheckReport, ImageInfo, in_two_splits, labelled
 from retinanet.data.convert import Written, write
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.formats import WRITABLE
-from retinanet.data.formats.labels import JSON_TEXT
+from retinanet.data.formats.reading import JSON_TEXT
 from retinanet.data.formats.writing import Placing, Writing
 from retinanet.data.selection import relabel
 from retinanet.errors import DataError
@@ -96,9 +96,7 @@ def _fixed_image(image: LabelledImage, info: ImageInfo) -> LabelledImage:
     kept: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         stored = annotation.box
-        if is_unrotated:
-            assert image.width is not None
-            assert image.height is not None
+        if is_unrotated and image.width and image.height:
             stored = _rotated(stored, image.width, image.height, info.orientation)
         box = fixed_box(stored, info.width, info.height)
         if box is None:

@@ -63,9 +63,7 @@ def image_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]
         return _upright_size(source)
 
 
-def image_sizes(
-    paths: Sequence[str | os.PathLike[str]],
-) -> list[tuple[int, int] | ImageError]:
+def image_sizes(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[int, int] | ImageError]:
     """Return the sizes of many images, read in threads; the error of those that cannot be read."""
 
     def read(chunk: Sequence[str | os.PathLike[str]]) -> list[tuple[int, int] | ImageError]:
@@ -100,20 +98,16 @@ def network_size(height: int, width: int, shorter: int, longest: int) -> tuple[i
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int]:
-    """Height and width as stored, from the header alone: :func:`image_size` may decode a PNG."""
-    name, file = open_source(source)
-    with image_errors(name), quiet(), Image.open(file) as image:
-        return image.height, image.width
+def stored_size(source: str | os.PathLike[str] | EncodedImage) -> tuple[int, int, int]:
+    """Height and width as stored, and pixels per tile of a TIFF, else 0; from the header alone.
 
-
-def stored_tile(source: str | os.PathLike[str] | EncodedImage) -> int:
-    """Pixels per tile of a TIFF, which is decoded whole however small the image is; else 0."""
+    :func:`image_size` may decode a PNG; a tile is decoded whole however small the image is.
+    """
     name, file = open_source(source)
     with image_errors(name), quiet(), Image.open(file) as image:
         tags = getattr(image, "tag_v2", {})
-        width, length = (np.max(tags.get(tag, 0)) for tag in (322, 323))
-        return int(width) * int(length)
+        width, length = (int(np.max(tags.get(tag, 0))) for tag in (322, 323))
+        return image.height, image.width, width * length
 
 
 @contextmanager

@@ -140,11 +140,11 @@ def _read(
     """Return the image, and the size of the whole; `wanted` is (shorter, longest)."""
     check_value_range(value_range)
     if isinstance(source, Tensor | np.ndarray):
-        return _whole(_from_pixels(source, value_range))
+        return with_size(_from_pixels(source, value_range))
     if isinstance(source, Image.Image):
         name = str(getattr(source, "filename", "") or "PIL image")
         with image_errors(name), quiet():
-            return _whole(pil_to_rgb(source, value_range))
+            return with_size(pil_to_rgb(source, value_range))
     name, file = open_source(source)
     with image_errors(name):
         with quiet():
@@ -190,7 +190,7 @@ def _decode(
         raise ImageError(f"{name}: cannot be read: {complaint}; replace or remove it")
     with quiet():
         if factor == 1:
-            return _whole(pil_to_rgb(image, value_range))
+            return with_size(pil_to_rgb(image, value_range))
         return pil_to_rgb(image.crop((0, 0, columns, rows)), value_range), size
 
 
@@ -231,7 +231,8 @@ def reduction(height: int, width: int, shorter: int, longest: int) -> int:
     return next((factor for factor in REDUCTIONS if least >= factor), 1)
 
 
-def _whole(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def with_size(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Return an image with its (height, width)."""
     return image, (image.shape[-2], image.shape[-1])
 
 

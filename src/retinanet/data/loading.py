@@ -53,7 +53,7 @@ from retinanet.data.cache import ImageCache, build_cache, file_numbers
 from retinanet.data.cpus import usable_cpus
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.image_files import network_size
-from retinanet.data.images import pad_batch, read_image, read_reduced
+from retinanet.data.images import pad_batch, read_image, read_reduced, with_size
 from retinanet.data.transforms import Transform
 from retinanet.data.windows import Window, read_window
 from retinanet.errors import DataError, ImageError
@@ -68,6 +68,11 @@ Unreadable = tuple[int, str]
 
 MAX_UNREADABLE = 0.1
 """Share of a data set's images that may be skipped as unreadable (one image always may)."""
+
+_TRANSFORM_SETTINGS = (  # of the same name in DataConfig
+    *("horizontal_flip", "vertical_flip", "scale_jitter", "crop"),
+    *("rotation", "shear", "translate", "colour", "erase"),
+)
 
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
@@ -238,10 +243,7 @@ def train_loader(
         A batch per step. Ignored annotations have the label IGNORED; boxes are clipped to the
         image, and dropped if nothing is left. Each process pads to the largest of its own images.
     """
-    _check(dataset, batch_size, workers, rank, world_size)
-    shards = None
-    if config.order == "shards":
-        shards = _shard_numbers(dataset)
+    _check_images(dataset)
     cache, message = build_cache(dataset, config.cache)
     end = torch.tensor(steps.stop).share_memory_()  # type: ignore[no-untyped-call]
     batches = _TrainBatches(
@@ -252,7 +254,7 @@ def train_loader(
         rank,
         world_size,
         tuple(fill),
-        shards,
+        _shard_numbers(dataset) if config.order == "shards" else None,
         _padded_ratios(dataset, config) if config.aspect_ratio_grouping else None,
         balance(dataset, config),
         user_transform(config, len(dataset.classes)),
@@ -282,7 +284,7 @@ def eval_loader(
     errors are those of :func:`train_loader`; an unreadable image is left out, and the last batch
     may be smaller.
     """
-    _check(dataset, batch_size, workers, rank, world_size)
+    _check_images(dataset)
     batches = _EvalBatches(
         _Images(dataset), Transform(max_size), batch_size, image_size, tuple(fill)
     )
@@ -290,15 +292,9 @@ def eval_loader(
     return BatchLoader(batches, numbers, workers, len(dataset), on_unreadable)
 
 
-def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
+def _check_images(dataset: Dataset) -> None:
     if not len(dataset):
         raise ValueError(f"split {dataset.split!r} of {dataset.source} has no image")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is not 1 or more")
-    if workers < 0:
-        raise ValueError(f"workers {workers} is not 0 or more")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in 0..world_size - 1 ({world_size - 1})")
 
 
 def default_workers() -> int:
@@ -374,12 +370,9 @@ def _shard_numbers(dataset: Dataset) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What one image of a batch is made from, drawn before anything is read.
+    """An image of a batch, its generator, and how it is mixed; drawn before anything is read.
 
-    Attributes:
-        index, draw: of the image at the position in the stream, and its generator.
-        mix: how it is mixed with others.
-        others: positions of these in the stream.
+    `others` are the positions in the stream of the images that are mixed into it.
     """
 
     index: int
@@ -416,26 +409,15 @@ class _TrainBatches(TorchDataset[Any]):
             turns = random.Random(f"{self.seed} turns {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
             max_size=longest,
-            horizontal_flip=config.horizontal_flip,
-            vertical_flip=config.vertical_flip,
-            scale_jitter=config.scale_jitter,
-            crop=config.crop,
             turns=turns,
-            rotation=config.rotation,
-            shear=config.shear,
-            translate=config.translate,
-            colour=config.colour,
-            erase=config.erase,
             function=self.function,
             fill=self.fill,
+            **{name: getattr(config, name) for name in _TRANSFORM_SETTINGS},
         )
         end = int(self.end)
         mixed = step < end - round(end * config.close_augmentation)
         first = (step * self.world_size + self.rank) * self.batch_size
-        plans = {
-            position: self._plan(position, mixed)
-            for position in range(first, first + self.batch_size)
-        }
+        plans = {i: self._plan(i, mixed) for i in range(first, first + self.batch_size)}
         wanted = [[p.index, *(self._choose(i)[0] for i in p.others)] for p in plans.values()]
         reader = _Reader(self.images, chain.from_iterable(wanted))
         samples = []
@@ -461,7 +443,7 @@ class _TrainBatches(TorchDataset[Any]):
     def _other(self, position: int, draw: random.Random) -> int:
         """Draw the position of an image to mix into the one at `position`."""
         if self.shards is None:
-            return position - position % self._epoch_size + draw.randrange(self._epoch_size)
+            return position - position % self.epoch_size + draw.randrange(self.epoch_size)
         back = draw.randint(1, _RECENT_IMAGES)
         return position - back if back <= position else position + back
 
@@ -490,30 +472,21 @@ class _TrainBatches(TorchDataset[Any]):
 
         They are of the same epoch, so that the choice depends on the data and the seed alone.
         """
-        count = self._epoch_size
+        count = self.epoch_size
         epoch, index = divmod(position, count)
         for offset in range(min(_MAX_SUBSTITUTES, count - 1) + 1):
             yield epoch * count + (index + offset) % count
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
-        epoch, position = divmod(position, self._epoch_size)
-        index = _order(
-            self.seed,
-            epoch,
-            self._epoch_size,
-            self.shards,
-            self.config.shard_window,
-            self.ratios,
-            self.batch_size * self.world_size,
-            self.repeats,
-        )[position]
+        epoch, position = divmod(position, self.epoch_size)
+        index = _order(self, epoch)[position]
         # The repetitions of an image in an epoch are augmented differently.
         repetition = "" if self.repeats is None else f" {position}"
         return index, random.Random(f"{self.seed} image {epoch} {index}{repetition}")
 
     @cached_property
-    def _epoch_size(self) -> int:
+    def epoch_size(self) -> int:
         return len(self.images) if self.repeats is None else self.repeats.epoch_size
 
 
@@ -549,37 +522,28 @@ class _EvalBatches(TorchDataset[Any]):
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
-def _order(
-    seed: int,
-    epoch: int,
-    count: int,
-    shards: Tensor | None,
-    window: int,
-    ratios: Tensor | None,
-    batch_size: int,
-    repeats: RepeatFactors | None,
-) -> Sequence[int]:
-    """Return the `count` images of an epoch in order.
-
-    random.Random gives the same on every platform.
-    """
-    draw = random.Random(f"{seed} epoch {epoch}")
+def _order(batches: _TrainBatches, epoch: int) -> Sequence[int]:
+    """Return the images of an epoch in order; random.Random gives the same on every platform."""
+    draw = random.Random(f"{batches.seed} epoch {epoch}")
+    count = batches.epoch_size
+    step = batches.batch_size * batches.world_size
 
     def shuffle(images: list[int], start: int) -> list[int]:
         """Shuffle images whose first is at position `start` of the epoch."""
         draw.shuffle(images)
-        if ratios is None:
+        if batches.ratios is None:
             return images
-        first = -(epoch * count + start) % batch_size
-        return _group(images, ratios, first, batch_size, draw)
+        return _group(images, batches.ratios, -(epoch * count + start) % step, step, draw)
 
-    if shards is None:
+    if batches.shards is None:
+        repeats = batches.repeats
         return shuffle(list(range(count)) if repeats is None else repeats.draw(draw), 0)
-    by_shard: list[list[int]] = [[] for _ in range(int(shards.max()) + 1)]
-    for image, shard in enumerate(shards.tolist()):
+    by_shard: list[list[int]] = [[] for _ in range(int(batches.shards.max()) + 1)]
+    for image, shard in enumerate(batches.shards.tolist()):
         by_shard[shard].append(image)
     draw.shuffle(by_shard)
     order: list[int] = []
+    window = batches.config.shard_window
     for first in range(0, len(by_shard), window):
         order += shuffle(list(chain.from_iterable(by_shard[first : first + window])), len(order))
     return order
@@ -630,14 +594,9 @@ class _Sample:
 
 
 class _Reader:
-    """Reads the images of a batch; of remote ones the files are fetched together.
+    """Reads the images of a batch; `failures` are those that could not be read.
 
-    Args:
-        images: of the data set.
-        indices: of the images that are probably read.
-
-    Attributes:
-        failures: the images that could not be read.
+    The files of `indices`, which are probably read, are fetched together if they are remote.
     """
 
     def __init__(self, images: _Images, indices: Iterable[int]) -> None:
@@ -672,25 +631,16 @@ class _Reader:
             return image.clone(), size  # the user's transform may change it
         whole = None
         if cache is not None and not os.fspath(file).lower().endswith(_READ_IN_WINDOWS):
-            whole, _ = cache.read(number, None, partial(_read_whole, file))
-        image = read_window(file, window, whole)
-        return image, (image.shape[-2], image.shape[-1])
+            whole, _ = cache.read(number, None, lambda: with_size(read_image(file)))
+        return with_size(read_window(file, window, whole))
 
     def _fetch(self, indices: Iterable[int]) -> None:
-        new = list(dict.fromkeys(indices))
-        records = [self._images[index] for index in new]
-        cache, numbers = self._images.cache, self._images.file_numbers[new].tolist()
-        is_cached = [cache is not None and cache.has(number) for number in numbers]
-        fetched = iter(
-            _fetched([r[0] for r, has in zip(records, is_cached, strict=True) if not has])
-        )
-        for index, record, has in zip(new, records, is_cached, strict=True):
-            self._records[index] = (record[0] if has else next(fetched), *record[1:])
-
-
-def _read_whole(file: str | archives.Member) -> tuple[Tensor, tuple[int, int]]:
-    image = read_image(file)
-    return image, (image.shape[-2], image.shape[-1])
+        records = {index: self._images[index] for index in indices}
+        cache, numbers = self._images.cache, self._images.file_numbers
+        new = [i for i in records if cache is None or not cache.has(int(numbers[i]))]
+        fetched = dict(zip(new, _fetched([records[i][0] for i in new]), strict=True))
+        for index, record in records.items():
+            self._records[index] = (fetched.get(index, record[0]), *record[1:])
 
 
 def _fetched(files: list[str | archives.Member]) -> list[str | archives.Member | ImageError]:

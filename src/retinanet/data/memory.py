@@ -94,16 +94,12 @@ def read_with(reader: Reader) -> dict[str, Dataset]:
         rows.setdefault(split, []).append((image, item[1], [str(n) for n in item[2]]))
     classes = sorted({name for group in rows.values() for _, _, names in group for name in names})
     label = {name: number for number, name in enumerate(classes)}
-    return {
-        split: Dataset.from_arrays(
-            [image for image, _, _ in group],
-            [boxes for _, boxes, _ in group],
-            [[label[name] for name in names] for _, _, names in group],
-            classes,
-            split=split,
-        )
-        for split, group in rows.items()
-    }
+    datasets = {}
+    for split, group in rows.items():
+        images, boxes, names = zip(*group, strict=True)
+        labels = [[label[name] for name in of_image] for of_image in names]
+        datasets[split] = Dataset.from_arrays(images, boxes, labels, classes, split=split)
+    return datasets
 
 
 def import_function(name: str, kind: str) -> Callable[..., Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -162,19 +161,14 @@ def anchor_recall(
     max_size: int,
     *,
     foreground_iou: float = 0.5,
-    divisor: int = 32,
 ) -> AnchorRecall:
     """Compute the fraction of objects that an anchor overlaps by `foreground_iou` or more.
 
     Exact and fast: an IoU falls with the distance of the centres along either axis, so of all
     anchors of one shape only that of the nearest cell is needed. COCO takes seconds.
 
-    Args:
-        splits: data sets, whose objects are pooled.
-        spec: the anchors.
-        image_size, max_size: pixels of the shorter side, and of the longer at most.
-        foreground_iou: IoU from which an anchor is matched to an object.
-        divisor: images are padded to multiples of it.
+    The objects of all splits are pooled. `image_size` and `max_size` are pixels of the shorter
+    side, and of the longer at most.
 
     Raises:
         DataError: an image whose size is not in the labels cannot be read.
@@ -193,7 +187,7 @@ def anchor_recall(
                 height, width = size_on_disk(image.path)
             new_height, new_width = network_size(height, width, image_size, max_size)
             y, x = new_height / height, new_width / width
-            size = _padded(new_height, divisor), _padded(new_width, divisor)
+            size = -(-new_height // 32) * 32, -(-new_width // 32) * 32  # padded
             order.setdefault(size, []).extend(range(len(classes), len(classes) + len(objects)))
             boxes.setdefault(size, []).extend(
                 (x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in (a.box for a in objects)
@@ -220,10 +214,6 @@ def anchor_recall(
         by_class=grouped(every_class, classes),
         by_size=grouped(SIZE_NAMES, sizes),
     )
-
-
-def _padded(side: int, divisor: int) -> int:
-    return math.ceil(side / divisor) * divisor
 
 
 def _best_iou(

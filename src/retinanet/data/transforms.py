@@ -299,11 +299,7 @@ def boxes_as_read(
 
 
 def random_crop(
-    image: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    size: tuple[int, int],
-    draw: random.Random,
+    image: Tensor, boxes: Tensor, labels: Tensor, size: tuple[int, int], draw: random.Random
 ) -> Labelled:
     """Crop an image at random to (height, width) at most."""
     height, width = image.shape[-2:]

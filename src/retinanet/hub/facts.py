@@ -58,9 +58,8 @@ def read_run(run: str | Path) -> RunFacts:
     # A run's metrics are those of its best weights.
     is_best = folder.name in ("best", ".best.ready") or folder == root
     metrics = _read(root / "metrics.json") if is_best else {}
-    return RunFacts(
-        checkpoint, load_recipe(root / "config.toml"), _read(root / "run.json"), metrics
-    )
+    recipe = load_recipe(root / "config.toml")
+    return RunFacts(checkpoint, recipe, _read(root / "run.json"), metrics)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import tomllib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
 from retinanet.data.selection import select
+from retinanet.data.statistics import count_objects
 from retinanet.errors import DataError, RetinaNetError
 from retinanet.evaluation.metrics import AP_METRICS, Metrics
 from retinanet.files import write_atomic
@@ -240,8 +240,7 @@ def add_metrics(page: Page, metrics: Metrics, plots: str | Path) -> None:
         facts["unreadable images"] = len(metrics.unreadable)
     page.facts(facts)
     files = plot_evaluation(metrics, plots)
-    for name in ("precision_recall", "errors", "classes"):
-        page.images([(files[name], "")])
+    page.images([(files[name], "") for name in ("precision_recall", "errors", "classes")])
     small = len(metrics.confusion.classes) <= _MAX_CLASSES
     pair = [(files["calibration"], ""), (files["confusion"], "")]
     page.images(pair, columns=2 if small else 1)
@@ -326,11 +325,11 @@ def _subtitle(run: _Run) -> str:
     versions = run.info.get("versions", {})
     parts = [
         f"recipe {recipe}" if recipe else "",
-        str(run.info.get("data", "")),
-        str(run.info.get("device_name") or run.info.get("device", "")),
+        run.info.get("data", ""),
+        run.info.get("device_name") or run.info.get("device", ""),
         *(f"{name} {versions[name]}" for name in ("retinanet", "torch") if name in versions),
     ]
-    return " · ".join(part for part in parts if part)
+    return " · ".join(str(part) for part in parts if part)
 
 
 def _add_summary(page: Page, run: _Run) -> None:
@@ -422,31 +421,29 @@ def draw_truth(image: LabelledImage, dataset: Dataset) -> Image.Image:
 
 
 def _add_data(page: Page, run: _Run, splits: Mapping[str, Dataset]) -> None:
-    columns = ["split", "images", "objects", "crowd or difficult", "images without object", "from"]
-    rows: list[list[object]] = []
-    counts: list[Counter[int]] = []
-    for name, dataset in splits.items():
-        annotations = [a for image in dataset.images for a in image.annotations]
-        counts.append(Counter(a.label for a in annotations if not a.ignored))
-        empty = sum(not image.annotations for image in dataset.images)
-        ignored = len(annotations) - counts[-1].total()
-        sizes = [len(dataset), counts[-1].total(), ignored, empty]
-        rows.append([name, *sizes, dataset.split_origin])
-    page.table(columns, rows)
+    counts = {name: count_objects(dataset, {}) for name, dataset in splits.items()}
+    page.table(
+        ["split", "images", "objects", "crowd or difficult", "images without object", "from"],
+        [
+            (name, n.images, n.objects, n.ignored, n.background_images, n.origin)
+            for name, n in counts.items()
+        ],
+    )
     page.images([(plot_object_sizes(splits, run.folder / "plots" / "object_sizes.png"), "")])
     classes = next(iter(splits.values())).classes
-    rows = [[name, *(count[label] for count in counts)] for label, name in enumerate(classes)]
+    rows = [[name, *(n.classes[name] for n in counts.values())] for name in classes]
     folded = f"Objects of {len(classes)} classes" if len(classes) > _MAX_CLASSES else ""
     page.table(["class", *splits], rows, folded=folded)
 
 
 def _add_settings(page: Page, run: _Run) -> None:
     page.code(run.config, folded="config.toml")
-    rows: list[list[object]] = []
+    rows: list[tuple[str, str]] = []
     for name, value in run.info.items():
-        nested = isinstance(value, Mapping)
-        items = {f"{name}.{key}": item for key, item in value.items()} if nested else {name: value}
-        rows += [[key, str(item)] for key, item in items.items()]
+        if isinstance(value, Mapping):
+            rows += [(f"{name}.{key}", str(item)) for key, item in value.items()]
+        else:
+            rows.append((name, str(value)))
     if rows:
         page.table(["run.json", ""], rows, left=2)
 

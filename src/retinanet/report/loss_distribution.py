@@ -51,7 +51,6 @@ MAX_NEGATIVES = 10_000_000
 """Background anchors that are sampled, about; the paper takes as many."""
 
 _POINTS = 501
-CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
 
 _Array = NDArray[np.float64]
 _Array32 = NDArray[np.float32]
@@ -134,11 +133,8 @@ def loss_distribution(
         ConfigError: gammas are missing, repeated or out of range, or as :class:`Detector`.
         DataError: no anchor matches an object, scores are NaN or Inf, or as for an evaluation.
     """
-    if not gammas or len(set(gammas)) != len(gammas):
-        raise ConfigError(f"gammas are one or more different numbers, got {list(gammas)}")
-    for gamma in gammas:
-        if not 0 <= gamma < math.inf:
-            raise ConfigError(f"gamma must be 0 or more, got {gamma}")
+    if not gammas or len(set(gammas)) != len(gammas) or not all(0 <= g < math.inf for g in gammas):
+        raise ConfigError(f"gammas are one or more different numbers >= 0, got {list(gammas)}")
     detector = open_detector(model, options)
     network = detector.network
     if not isinstance(network, Network):
@@ -187,7 +183,6 @@ def _collect_losses(
     positives: list[_Array32] = []
     negatives: list[_Array32] = []
     counts: Counter[str] = Counter()
-    chance = 1.0
     loader = eval_loader(
         dataset,
         batch_size=1,
@@ -199,9 +194,9 @@ def _collect_losses(
     for done, batch in enumerate(loader, start=1):
         logits, labels = _anchors_of(network, batch.to(network.device), settings)
         labels = to_model_labels(labels, label_map)
-        if done == 1:  # all images are resized to about the same number of anchors
-            chance = MAX_NEGATIVES / (len(labels) * len(dataset))
-        # On the CPU, so that the sample does not depend on the device.
+        # About as many in all: all images are resized to about the same number of anchors. Drawn
+        # on the CPU, so that the sample does not depend on the device.
+        chance = MAX_NEGATIVES / (len(labels) * len(dataset))
         drawn = (torch.rand(len(labels), generator=generator) < chance).to(labels.device)
         background = labels == BACKGROUND
         for kept, rows in ((positives, labels >= 0), (negatives, background & drawn)):
@@ -233,12 +228,8 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
 
     `logits` are (N, K), `labels` (N,) class 0..K-1 or BACKGROUND.
     """
-    rows = max(1, CHUNK // max(1, logits.shape[1]))
-    chunks = []
-    for x, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
-        losses = [focal_loss(x, y, alpha=None, gamma=g, reduction="none") for g in gammas]
-        chunks.append(torch.stack([loss.sum(dim=1) for loss in losses], dim=1))
-    return torch.cat(chunks)
+    losses = (focal_loss(logits, labels, alpha=None, gamma=g, reduction="none") for g in gammas)
+    return torch.stack([loss.sum(dim=1) for loss in losses], dim=1)
 
 
 def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
@@ -251,10 +242,7 @@ def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
     np.cumsum(np.sort(losses), dtype=np.float64, out=sums[1:])
     if sums[-1] == 0:
         return np.full(len(fractions), np.nan)
-    positions = np.asarray(fractions, dtype=np.float64) * len(losses)
-    # np.interp would need another array of N positions.
-    low = np.minimum(positions.astype(np.int64), len(losses) - 1)
-    shares: _Array = (sums[low] + (positions - low) * (sums[low + 1] - sums[low])) / sums[-1]
+    shares: _Array = np.interp(fractions * len(losses), np.arange(len(sums)), sums) / sums[-1]
     return shares
 
 
@@ -275,8 +263,7 @@ def _curves(
             raise DataError(
                 "scores of the model are NaN or Inf; use another checkpoint, or precision float32"
             )
-        shares = cumulative_share(losses, points)
-        hardest = dict(zip(HARDEST, (1 - shares[len(fractions) :]).tolist(), strict=True))
-        cumulative = tuple(shares[: len(fractions)].tolist())
-        curves.append(LossCurve(float(gamma), mean, cumulative, hardest))
+        shares = cumulative_share(losses, points).tolist()
+        hardest = {part: 1 - share for part, share in zip(HARDEST, shares[_POINTS:], strict=True)}
+        curves.append(LossCurve(float(gamma), mean, tuple(shares[:_POINTS]), hardest))
     return tuple(curves)

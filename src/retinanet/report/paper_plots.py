@@ -12,14 +12,7 @@ from typing import Any
 
 from matplotlib.ticker import PercentFormatter
 
-from retinanet.report.figure import (
-    DARK,
-    GREY,
-    Files,
-    cycle_colours,
-    open_axes,
-    shorten_start,
-)
+from retinanet.report.figure import DARK, GREY, Files, cycle_colours, open_axes, shorten_start
 from retinanet.report.loss_distribution import LossDistribution
 from retinanet.report.speed_accuracy import SpeedAccuracy
 

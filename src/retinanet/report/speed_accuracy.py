@@ -6,7 +6,6 @@ Source: Lin et al. 2017, Figure 2 and Table 1e: RetinaNet at depths 50 and 101 a
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,7 @@ from retinanet.data.loading import eval_loader
 from retinanet.errors import ConfigError, DataError, ImageError
 from retinanet.evaluation.metrics import AP_METRICS, Number, to_json_types
 from retinanet.evaluation.predict import Progress
-from retinanet.evaluation.run import (
-    DetectorOptions,
-    match_classes,
-    predict,
-    read_eval_dataset,
-)
+from retinanet.evaluation.run import DetectorOptions, match_classes, predict, read_eval_dataset
 from retinanet.inference.backends import Network, detect_batch, network_settings
 from retinanet.inference.detector import Detector
 from retinanet.model.checkpoint import Checkpoint, load_checkpoint
@@ -123,10 +117,13 @@ def speed_accuracy(
     """
     if not models:
         raise ConfigError("no model to measure: give one or more run folders")
-    for argument, count in (("rounds", rounds), ("images", images)):
-        if count < 1:
-            raise ConfigError(f"{argument} must be 1 or more, got {count}")
-    _check_scales(scales)
+    if min(rounds, images) < 1:
+        raise ConfigError(f"rounds and images must be 1 or more, got {rounds} and {images}")
+    if scales is not None:
+        if not scales or len(set(scales)) != len(scales):
+            raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
+        if not _MIN_SCALE <= min(scales) <= max(scales) <= _MAX_SCALE:
+            raise ConfigError(f"scales are {_MIN_SCALE} to {_MAX_SCALE} pixels, got {list(scales)}")
     checkpoints = {
         name: model if isinstance(model, Checkpoint) else load_checkpoint(model)
         for name, model in models.items()
@@ -141,19 +138,20 @@ def speed_accuracy(
         for scale in (paper_scales(checkpoint.image_size) if scales is None else sorted(scales))
     ]
     timed = replace(dataset, images=tuple(spread_evenly(dataset.images, images)))
-    points: list[SpeedPoint] = []
+    untimed: list[SpeedPoint] = []
     calls: dict[str, Callable[[], object]] = {}
     for name, checkpoint, scale in settings:
         at_scale: dict[str, Any] = {**options, "image_size": scale}
         detector = Detector(checkpoint, **at_scale)
         calls[f"{name} {scale}"] = detection_call(detector, timed)
-        points.append(_untimed_point(name, detector, dataset, batch_size, workers))
+        untimed.append(_untimed_point(name, detector, dataset, batch_size, workers))
         if progress is not None:
-            progress(len(points), len(settings))
-    for i, time_of in enumerate(time_in_turns(calls, rounds).values()):
-        median, low, high = (1000 * seconds / len(timed) for seconds in time_of)
-        points[i] = replace(
-            points[i], milliseconds=median, milliseconds_low=low, milliseconds_high=high
+            progress(len(untimed), len(settings))
+    points = []
+    for point, seconds in zip(untimed, time_in_turns(calls, rounds).values(), strict=True):
+        median, low, high = (1000 * value / len(timed) for value in seconds)
+        points.append(
+            replace(point, milliseconds=median, milliseconds_low=low, milliseconds_high=high)
         )
     return SpeedAccuracy(
         points=tuple(points),
@@ -198,12 +196,10 @@ def time_in_turns(
             start = clock()
             call()
             seconds[name].append(clock() - start)
-    times = {}
-    for name, values in seconds.items():
-        values = values * 2 if len(values) == 1 else values  # quartiles need two
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        times[name] = CallTime(median, low, high)
-    return times
+    return {
+        name: CallTime(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
+        for name, values in seconds.items()
+    }
 
 
 def detection_call(detector: Detector, dataset: Dataset) -> Callable[[], object]:
@@ -255,18 +251,6 @@ def paper_scales(trained: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sides))
 
 
-def _check_scales(scales: Sequence[int] | None) -> None:
-    if scales is None:
-        return
-    if not scales or len(set(scales)) != len(scales):
-        raise ConfigError(f"scales are one or more different numbers, got {list(scales)}")
-    for scale in scales:
-        if not _MIN_SCALE <= scale <= _MAX_SCALE:
-            raise ConfigError(
-                f"scale is a shorter side of {_MIN_SCALE} to {_MAX_SCALE} pixels, got {scale}"
-            )
-
-
 def _common_split(
     checkpoints: Mapping[str, Checkpoint], data: str | Path | Dataset, split: str | None
 ) -> Dataset:
@@ -275,19 +259,18 @@ def _common_split(
     A model without a record of its split (a published one) is evaluated on that of the others.
     """
     with_split = {name: c.info for name, c in checkpoints.items() if c.info.get("split")}
-    first: tuple[str, Dataset] | None = None
-    for name, info in (with_split or {next(iter(checkpoints)): {}}).items():
-        dataset = read_eval_dataset(data, split, info=info)
-        if first is None:
-            first = name, dataset
-        elif [image.path for image in dataset.images] != [i.path for i in first[1].images]:
+    datasets = {name: read_eval_dataset(data, split, info=i) for name, i in with_split.items()}
+    if not datasets:
+        return read_eval_dataset(data, split, info={})
+    (first, dataset), *others = datasets.items()
+    for name, other in others:
+        if [image.path for image in dataset.images] != [image.path for image in other.images]:
             raise DataError(
-                f"{dataset.source}: {first[0]} and {name} have different validation splits of it "
-                f"({first[1].split_origin}; {dataset.split_origin}); "
+                f"{dataset.source}: {first} and {name} have different validation splits of it "
+                f"({dataset.split_origin}; {other.split_origin}); "
                 "give a split that neither was trained on, such as a label file of its own"
             )
-    assert first is not None
-    return first[1]
+    return dataset
 
 
 def spread_evenly(values: Sequence[Any], count: int) -> Sequence[Any]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from retinanet.data.drawing import draw_boxes
 from retinanet.data.images import read_image
 from retinanet.evaluation.suspects import KINDS, Candidate, Suspect, Suspects
-from retinanet.report.html import Page
+from retinanet.report.html import ImageLike, Page
 
 _LABELLED, _DETECTED = (255, 176, 0), (0, 200, 255)
 _COLUMNS = 4
@@ -40,12 +42,13 @@ def write_suspects(suspects: Suspects, file: str | Path, *, limit: int = 100) ->
     )
     page.section(f"The first {len(shown)} of {len(suspects.suspects)}")
     page.text("Orange: as labelled. Blue: as detected. The rank is that in suspects.csv.")
-    crop = _Cropper(suspects)
-    page.images(
-        [(crop(suspect), _caption(i, suspect, crop.name(suspect))) for i, suspect in
-         enumerate(shown, start=1)],
-        columns=_COLUMNS,
-    )  # fmt: skip
+    read = lru_cache(maxsize=8)(read_image)
+    crops: list[tuple[ImageLike, str]] = []
+    for i, suspect in enumerate(shown, start=1):
+        path = dataset.images[suspect.image].path
+        caption = f"{i}. {suspect.kind} {suspect.score:.2f} · {path.name}"
+        crops.append((_crop(read(path), suspect, dataset.classes), caption))
+    page.images(crops, columns=_COLUMNS)
     return page.write(file)
 
 
@@ -67,44 +70,25 @@ def write_next(candidates: Sequence[Candidate], file: str | Path) -> Path:
     return page.write(file)
 
 
-class _Cropper:
-    """Cuts the suspects out of their images, several of which are kept in memory."""
-
-    def __init__(self, suspects: Suspects) -> None:
-        self._dataset = suspects.dataset
-        self._read = lru_cache(maxsize=8)(read_image)
-
-    def name(self, suspect: Suspect) -> str:
-        return self._dataset.images[suspect.image].path.name
-
-    def __call__(self, suspect: Suspect) -> Image.Image:
-        pixels = self._read(self._dataset.images[suspect.image].path)
-        boxes, names = [], []
-        if suspect.label is not None:
-            boxes.append(suspect.label.box)
-            names.append(self._dataset.classes[suspect.label.label])
-        if suspect.box is not None:
-            boxes.append(suspect.box)
-            names.append(f"{suspect.class_name} {suspect.confidence:.2f}")
-        sides = list(zip(*boxes, strict=True))
-        low, high = [min(side) for side in sides[:2]], [max(side) for side in sides[2:]]
-        margin = max(_MIN_MARGIN, _MARGIN * max(high[0] - low[0], high[1] - low[1]))
-        height, width = pixels.shape[1:]
-        x1, y1 = (max(0, int(side - margin)) for side in low)
-        x2, y2 = min(width, int(high[0] + margin) + 1), min(height, int(high[1] + margin) + 1)
-        x1, y1 = min(x1, width - 1), min(y1, height - 1)
-        moved = [(box[0] - x1, box[1] - y1, box[2] - x1, box[3] - y1) for box in boxes]
-        colours = [_LABELLED] * (suspect.label is not None) + [_DETECTED]
-        return draw_boxes(
-            pixels[:, y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)],
-            moved,
-            list(range(len(boxes))),
-            names=names,
-            colours=colours,
-            width=2,
-            enlarge_to=_CROP,
-        )
-
-
-def _caption(rank: int, suspect: Suspect, name: str) -> str:
-    return f"{rank}. {suspect.kind} {suspect.score:.2f} · {name}"
+def _crop(pixels: Tensor, suspect: Suspect, classes: Sequence[str]) -> Image.Image:
+    """Cut a suspect out of its image, with its label and the detection drawn."""
+    drawn = []
+    if suspect.label is not None:
+        drawn.append((suspect.label.box, classes[suspect.label.label], _LABELLED))
+    if suspect.box is not None:
+        drawn.append((suspect.box, f"{suspect.class_name} {suspect.confidence:.2f}", _DETECTED))
+    boxes = np.array([box for box, _, _ in drawn])
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    margin = max(_MIN_MARGIN, _MARGIN * float((high - low).max()))
+    size = pixels.shape[2], pixels.shape[1]
+    x1, y1 = np.minimum(np.maximum(0, (low - margin).astype(int)), np.subtract(size, 1))
+    x2, y2 = np.maximum((high + margin).astype(int) + 1, (x1 + 1, y1 + 1))
+    return draw_boxes(
+        pixels[:, y1:y2, x1:x2],
+        boxes - [x1, y1, x1, y1],
+        range(len(drawn)),
+        names=[name for _, name, _ in drawn],
+        colours=[colour for _, _, colour in drawn],
+        width=2,
+        enlarge_to=_CROP,
+    )

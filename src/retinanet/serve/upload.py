@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from retinanet.config import nearest
-from retinanet.data.image_files import stored_size, stored_tile
+from retinanet.data.image_files import stored_size
 from retinanet.errors import ImageError
 from retinanet.serve.settings import Settings
 
@@ -153,8 +153,7 @@ def check_image(data: bytes, settings: Settings) -> None:
         raise HTTPException(422, f"not an accepted image format: send {_FORMATS}")
     found = ""
     try:
-        height, width = stored_size(data)
-        tile_pixels = stored_tile(data) if data[:2] in (b"II", b"MM") else 0
+        height, width, tile_pixels = stored_size(data)
         if height * width > settings.max_pixels:
             found = f"{width} x {height}"
         elif tile_pixels > settings.max_pixels:

@@ -173,7 +173,12 @@ def detect_video(
     thresholds: Any = {**options}
     tiling = thresholds.pop("tile", None), thresholds.pop("overlap", None)
     merged = merge_thresholds(stored, thresholds)
-    tiles = _tile_options(detector, *tiling, merged, thresholds.get("detections_per_image"))
+    side, overlap = choose_tiling(*tiling, detector.image_size, detector.info)
+    tiles: dict[str, Any] | None = None
+    if side is not None:
+        # The limit is that of tiles, not of the frame, unless it was given.
+        limit = thresholds.get("detections_per_image")
+        tiles = {"tile": side, "overlap": overlap, **merged, "detections_per_image": limit}
     if draw_threshold is None:
         draw_threshold = DETECTION_SCORE if track else 0.0
     with stop_on_signal() if stop is None else nullcontext(StopRequest()) as signals:
@@ -182,11 +187,8 @@ def detect_video(
             video, lines = _output_files(reader, source, Path(out), name)
             tracker = None
             if track:
-                tracker = Tracker(
-                    float(reader.rate or 25),
-                    threshold=draw_threshold,
-                    across_classes=merged["class_agnostic_nms"],
-                )
+                rate, agnostic = float(reader.rate or 25), merged["class_agnostic_nms"]
+                tracker = Tracker(rate, threshold=draw_threshold, across_classes=agnostic)
             pipeline = _Pipeline(
                 detector, reader, tracker, every, batch_size, draw_threshold, merged, tiles
             )
@@ -199,22 +201,6 @@ def detect_video(
     if signals.received is not None:
         signal.raise_signal(signals.received)
     return summary
-
-
-def _tile_options(
-    detector: Detector,
-    tile: int | str | None,
-    overlap: float | None,
-    thresholds: Thresholds,
-    max_detections: int | None,
-) -> dict[str, Any] | None:
-    """Return the options of :meth:`Detector.stream` for tiles; None: whole frames only."""
-    side, overlap = choose_tiling(tile, overlap, detector.image_size, detector.info)
-    if side is None:
-        return None
-    # The limit is that of tiles, not of the frame, unless it was given.
-    own = {**thresholds, "detections_per_image": max_detections}
-    return {"tile": side, "overlap": overlap, **own}
 
 
 def _write_files(
@@ -257,12 +243,9 @@ def _write_files(
 class _Item:
     """A frame in the pipeline.
 
-    Attributes:
-        frame: as it was read.
-        ready: its RGB and what the network takes (None: tiles); None: detection does not run on it.
-        found: its objects, or those of the last frame that detection ran on.
-        tracks: their track numbers.
-        encodable: the annotated frame.
+    `ready` is its RGB and what the network takes (None: tiles), None where detection does not run;
+    `found` and `tracks` are its objects, or those of the last frame that detection ran on;
+    `encodable` is the annotated frame.
     """
 
     frame: Frame
@@ -309,10 +292,9 @@ class _Pipeline:
             writer.finish()
         finally:
             # Threads that wait for a cancelled future end; the others finish their item.
-            for executor in (reading, pool, detecting):
-                executor.shutdown(wait=False, cancel_futures=True)
-            for executor in (reading, pool, detecting):
-                executor.shutdown()
+            for should_wait in (False, True):
+                for executor in (reading, pool, detecting):
+                    executor.shutdown(should_wait, cancel_futures=True)
 
     def _read(self, pool: ThreadPoolExecutor, stop: Event) -> Iterator[_Item | Sound]:
         for item in self.reader.read(stop):
@@ -356,11 +338,11 @@ class _Pipeline:
 
     def _run_network(
         self, batch: list[_Item] | Sound
-    ) -> tuple[list[_Item] | Sound, list[Detections]]:
+    ) -> tuple[list[_Item] | Sound, Sequence[Detections]]:
         if isinstance(batch, Sound):
             return batch, []
         ready = [item.ready.result() for item in batch if item.ready is not None]
-        return batch, list(self._detect_frames(ready))
+        return batch, self._detect_frames(ready)
 
     def _track(
         self, items: Sequence[_Item], detections: Sequence[Detections]
@@ -386,7 +368,7 @@ class _Pipeline:
             return self.detector.detect_prepared(prepared, **self.thresholds)
         results: list[Detections] = []
         sources = [Source(pixels, self.reader.source) for pixels, _ in frames]
-        options: Any = {"batch_size": self.batch_size, "workers": 1, **self.tiles}
+        options = {"batch_size": self.batch_size, "workers": 1, **self.tiles}
         for found in self.detector.stream(sources, **options):
             if isinstance(found, Failure):
                 raise found.error
@@ -417,27 +399,16 @@ class _Pipeline:
             return writer.encodable(image, None)
         pixels = self.reader.rgb(image) if item.ready is None else item.ready.result()[0]
         labels: Any = found.labels[kept]
-        names, colours = list(found.classes), PALETTE
-        if self.tracker is not None:
-            # Each box has its own name and colour.
-            tracks = [item.tracks[i] for i in kept]
-            names = [
-                names[label] + ("" if track is None else f" {track}")
-                for label, track in zip(labels.tolist(), tracks, strict=True)
-            ]
-            colours = tuple(
-                _UNTRACKED if track is None else PALETTE[track % len(PALETTE)] for track in tracks
-            )
+        names, colours = list(found.classes), list(PALETTE)
+        if self.tracker is not None:  # each box has its own name and colour
+            names, colours = [], []
+            for i in kept:
+                name, track = found.classes[int(found.labels[i])], item.tracks[i]
+                names.append(name if track is None else f"{name} {track}")
+                colours.append(_UNTRACKED if track is None else PALETTE[track % len(PALETTE)])
             labels = np.arange(len(kept))
-        drawn = draw_boxes(
-            pixels,
-            found.boxes[kept],
-            labels,
-            found.scores[kept],
-            names,
-            colours=colours,
-            enlarge_to=0,
-        )
+        boxes, scores = found.boxes[kept], found.scores[kept]
+        drawn = draw_boxes(pixels, boxes, labels, scores, names, colours=colours, enlarge_to=0)
         return writer.encodable(image, np.asarray(drawn))
 
     def _line(self, item: _Item) -> dict[str, Any]:

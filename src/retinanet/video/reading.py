@@ -52,12 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """A packet of a sound stream, still encoded.
-
-    Attributes:
-        packet: PyAV's packet.
-        stream: index of its stream in :attr:`VideoReader.sounds`.
-    """
+    """A packet of PyAV, still encoded, of the sound stream `stream` of the reader's `sounds`."""
 
     packet: Any
     stream: int
@@ -124,7 +119,7 @@ class VideoReader:
         aspect = stream.codec_context.sample_aspect_ratio or Fraction(1)
         self.pixel_aspect = 1 / aspect if self.turn.is_transposed else aspect
         self.sounds = [] if self.is_live else list(self._container.streams.audio)
-        self._length = _Length(self._container, stream)
+        self._ends: dict[int, float] = {}  # of the packets read, by stream, in seconds
 
     def close(self) -> None:
         """Close the file or the camera."""
@@ -171,19 +166,16 @@ class VideoReader:
             # Frames that depend on a damaged key frame never leave the decoder.
             self.broken = max(self.broken, packets - number)
         if not self.is_live:
-            self.missing = self._length.missing(float(self.rate or 25))
+            self.missing = self._missing_frames(float(self.rate or 25))
 
     def rgb(self, frame: Any) -> Pixels:
         """Convert to (H, W, 3) uint8 RGB, upright, of :attr:`size`; several threads may call."""
         height, width = self.first.height, self.first.width
         pixels: Pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-        if self.turn.is_transposed:
+        is_transposed, is_mirrored, is_flipped = self.turn
+        if is_transposed:
             pixels = pixels.transpose(1, 0, 2)
-        if self.turn.is_mirrored:
-            pixels = pixels[:, ::-1]
-        if self.turn.is_flipped:
-            pixels = pixels[::-1]
-        return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(pixels[:: -1 if is_flipped else 1, :: -1 if is_mirrored else 1])
 
     def samples(self, max_images: int = _MAX_SAMPLES) -> list[Pixels]:
         """Return up to `max_images` frames, spread over the video."""
@@ -210,7 +202,10 @@ class VideoReader:
         streams = {sound.index: i for i, sound in enumerate(self.sounds)}
         try:
             for packet in self._container.demux([self._stream, *self.sounds]):
-                self._length.add(packet)
+                if packet.pts is not None:
+                    end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                    before = self._ends.get(packet.stream.index, end)
+                    self._ends[packet.stream.index] = max(before, end)
                 if packet.stream.index == self._stream.index:
                     yield packet
                 elif packet.dts is not None:
@@ -218,30 +213,14 @@ class VideoReader:
         except av.FFmpegError as error:
             self.cut = error.strerror or type(error).__name__
 
-
-class _Length:
-    """Compares the end of a video's packets with the end that its container states."""
-
-    def __init__(self, container: Any, stream: Any) -> None:
-        self._stated = None
-        if container.duration:  # microseconds
-            self._stated = (container.duration + (container.start_time or 0)) / 1_000_000
-        self._image = stream.index
-        self._ends: dict[int, float] = {}  # of the packets, by stream, in seconds
-
-    def add(self, packet: Any) -> None:
-        """Take a packet of image or sound into account."""
-        if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            index = packet.stream.index
-            self._ends[index] = max(self._ends.get(index, end), end)
-
-    def missing(self, rate: float) -> int:
-        """Return how many frames the video lacks at its end."""
-        if self._stated is None or self._image not in self._ends:
+    def _missing_frames(self, rate: float) -> int:
+        """Compare the end of the packets with that which the container states."""
+        length, last = self._container.duration, self._ends.get(self._stream.index)
+        if not length or last is None:
             return 0
-        is_cut = self._stated - max(self._ends.values()) > max(_MIN_SECONDS, _MIN_FRAMES / rate)
-        return round((self._stated - self._ends[self._image]) * rate) if is_cut else 0
+        stated = (length + (self._container.start_time or 0)) / 1_000_000  # from microseconds
+        is_cut = stated - max(self._ends.values()) > max(_MIN_SECONDS, _MIN_FRAMES / rate)
+        return round((stated - last) * rate) if is_cut else 0
 
 
 def import_av() -> Any:
@@ -335,14 +314,13 @@ def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
         if is_stream(source):
             hint = "check the address and the password, and that the camera is on"
         return f"{source}: cannot be opened: {reason}; {hint}"
-    path = Path(source)
-    if not path.exists():
-        return f"{source}: there is no such file or folder"
-    if path.is_dir():
-        return f"{source}: is a folder, not a video"
     try:
-        with path.open("rb") as file:
+        with open(source, "rb") as file:
             start = file.read(12)
+    except FileNotFoundError:
+        return f"{source}: there is no such file or folder"
+    except IsADirectoryError:
+        return f"{source}: is a folder, not a video"
     except OSError as unreadable:
         return f"{source}: cannot be read: {unreadable.strerror}"
     if not start:

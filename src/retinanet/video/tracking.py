@@ -76,17 +76,15 @@ class Tracker:
             tracker, known = self._trackers[group], self._numbers.setdefault(group, {})
             if not own.any() and not tracker.tracks:
                 continue
-            tracked = tracker.update(
-                detections[own] if own.any() else self._empty(), timestamp=time
-            )
-            for row, track_id in zip(
-                tracked.data.get("row", ()), tracked.tracker_id if len(tracked) else (), strict=True
-            ):
+            shown = detections[own] if own.any() else self._empty()
+            tracked = tracker.update(shown, timestamp=time)
+            ids = tracked.tracker_id.tolist() if len(tracked) else []
+            for row, track_id in zip(tracked.data.get("row", ()), ids, strict=True):
                 if track_id >= 0:
                     if track_id not in known:
                         self.count += 1
-                        known[int(track_id)] = self.count
-                    numbers[row] = known[int(track_id)]
+                        known[track_id] = self.count
+                    numbers[row] = known[track_id]
             alive = {track.tracker_id for track in tracker.tracks}
             self._numbers[group] = {id_: known[id_] for id_ in known if id_ in alive}
         return numbers

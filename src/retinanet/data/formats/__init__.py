@@ -19,6 +19,7 @@ from retinanet.data.formats import (
     csv,
     cvat,
     label_studio,
+    reading,
     text_rows,
     voc,
     webdataset,
@@ -32,15 +33,7 @@ from retinanet.data.formats.json_exports import (
     parse_labelme,
     parse_via,
 )
-from retinanet.data.formats.labels import (
-    LabelFile,
-    Splits,
-    find_files,
-    find_tables,
-    json_has,
-    listed_names,
-    read_files,
-)
+from retinanet.data.formats.reading import LabelFile
 from retinanet.data.formats.writing import Writing
 from retinanet.data.memory import Reader, import_function, read_with
 from retinanet.data.splits import split_validation
@@ -52,7 +45,7 @@ class Format(NamedTuple):
 
     label_files: str
     find: Callable[[Tree], LabelSet | None]
-    read: Callable[[Tree, LabelSet], Splits]
+    read: Callable[[Tree, LabelSet], reading.Splits]
     write: Callable[[Writing], None] | None = None
 
 
@@ -64,14 +57,14 @@ def _read_only(
     parse: Callable[..., LabelFile],
     *,
     is_table: bool = True,
-    names_of: Callable[[Tree], tuple[Path, list[str]]] = listed_names,
+    names_of: Callable[[Tree], tuple[Path, list[str]]] = reading.listed_names,
 ) -> Format:
     """Return a format that is only read, of label files of many images each, or of one."""
-    find = partial(find_tables, parse=parse) if is_table else find_files
+    find = partial(reading.find_tables, parse=parse) if is_table else reading.find_files
     return Format(
         title,
         lambda tree: find(name, tree, suffixes, detect),
-        partial(read_files, name, parse, names_of=names_of),
+        partial(reading.read_files, name, parse, names_of=names_of),
     )
 
 
@@ -229,7 +222,7 @@ def find_data(
     return DataSource(labels.format, splits, description, tree.top, images)
 
 
-def _name_rest(splits: Splits) -> Splits:
+def _name_rest(splits: reading.Splits) -> reading.Splits:
     """Name the images of no split beside others: ``train``, or ``other`` without the others'."""
     if "" not in splits or len(splits) == 1:
         return splits
@@ -287,7 +280,7 @@ def _reason(file: Path) -> str:
         return "compressed; unpack it"
     if suffix == ".csv":
         return csv.missing_columns(file)
-    if is_json and json_has(file, b"[", (b'"score"', b'"category_id"')):
+    if is_json and reading.json_has(file, b"[", (b'"score"', b'"category_id"')):
         return "detection results, not labels"
     if is_json:
         return "not COCO (images, annotations, categories), Label Studio, LabelMe, VIA or Create ML"
@@ -296,15 +289,6 @@ def _reason(file: Path) -> str:
     if suffix == ".txt":
         return "no image of its name, or no rows of class x y width height"
     return "no names and train"
-
-
-def find_format(path: str | Path) -> str:
-    """Detect the format of a folder or file.
-
-    Raises:
-        DataError: as :func:`find_data`.
-    """
-    return find_data(path).format
 
 
 def read_dataset(

@@ -15,29 +15,8 @@ from typing import Any, TextIO
 
 from retinanet.data.dataset import Annotation, Dataset
 from retinanet.data.finder import LabelSet, Tree
-from retinanet.data.formats.labels import (
-    JSON_TEXT,
-    Box,
-    LabelFile,
-    LabelImage,
-    Splits,
-    box_around,
-    build,
-    find_tables,
-    is_compressed,
-    json_has,
-    json_values,
-    merge_classes,
-    read_json,
-    scale_normalised,
-    short,
-    to_annotation,
-    to_box,
-    to_id,
-    to_int,
-    to_size,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import Writing, size_of
 from retinanet.errors import DataError
 
@@ -53,7 +32,7 @@ _CATEGORIES = re.compile(rb'"categories"\s*:\s*\[')
 
 def detect(file: Path) -> bool:
     """Whether a file is a COCO annotation file."""
-    return json_has(file, b"{", (b'"images"', b'"annotations"'))
+    return reading.json_has(file, b"{", (b'"images"', b'"annotations"'))
 
 
 def find(tree: Tree) -> LabelSet | None:
@@ -65,10 +44,10 @@ def find(tree: Tree) -> LabelSet | None:
     def is_wanted(file: Path) -> bool:
         return not (has_instances and file.name.startswith(_OTHER_KINDS)) and detect(file)
 
-    return find_tables("coco", tree, [".json"], is_wanted, parse)
+    return reading.find_tables("coco", tree, [".json"], is_wanted, parse)
 
 
-def read(tree: Tree, labels: LabelSet) -> Splits:
+def read(tree: Tree, labels: LabelSet) -> reading.Splits:
     """Read a COCO data set; each split's files are parsed when called.
 
     Classes are the union of all files' categories by id; one id of two names is a DataError.
@@ -83,7 +62,7 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
                     f"another file; give each class one id"
                 )
     names = ((id_, categories[id_]["name"]) for id_ in sorted(categories))
-    classes = merge_classes(names, tree.path)
+    classes = reading.merge_classes(names, tree.path)
     more = [
         {key: value for key, value in categories[id_].items() if key not in ("id", "name")}
         for id_ in classes.ids
@@ -97,7 +76,7 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
             extra |= {key: value for key, value in content.items() if key not in _PARTS}
             parsed.append(_parse(file, content))
         extra |= {CATEGORY_EXTRAS: more} if any(more) else {}
-        return build("coco", split, parsed, classes, tree, extra=extra)
+        return reading.build("coco", split, parsed, classes, tree, extra=extra)
 
     return {split: partial(read_split, split, files) for split, files in labels.files.items()}
 
@@ -109,13 +88,13 @@ def parse(file: Path) -> LabelFile:
 
 def _load(file: Path, *, keep_masks: bool = True) -> dict[str, Any]:
     def compact(value: dict[str, Any]) -> dict[str, Any]:
-        if JSON_TEXT in value and "image_id" in value:
-            mask = value.pop(JSON_TEXT)
+        if reading.JSON_TEXT in value and "image_id" in value:
+            mask = value.pop(reading.JSON_TEXT)
             if keep_masks:
-                value[JSON_TEXT] = to_text(mask)
+                value[reading.JSON_TEXT] = reading.to_text(mask)
         return value
 
-    content: dict[str, Any] = read_json(file, dict, "COCO's object", compact)
+    content: dict[str, Any] = reading.read_json(file, dict, "COCO's object", compact)
     for key in _PARTS:
         if not isinstance(content.get(key), list):
             raise DataError(f"{file}: has no list {key!r}; COCO needs {', '.join(_PARTS)}")
@@ -124,7 +103,7 @@ def _load(file: Path, *, keep_masks: bool = True) -> dict[str, Any]:
 
 def _categories(file: Path) -> dict[int, dict[str, Any]]:
     """Categories by id, without parsing the annotations if possible."""
-    if not is_compressed(file):
+    if not reading.is_compressed(file):
         with (
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -142,7 +121,7 @@ def _categories(file: Path) -> dict[int, dict[str, Any]]:
 def _categories_by_id(file: Path, listed: list[Any]) -> dict[int, dict[str, Any]]:
     categories: dict[int, dict[str, Any]] = {}
     for category in listed:
-        id_ = to_int(category.get("id")) if isinstance(category, dict) else None
+        id_ = reading.to_int(category.get("id")) if isinstance(category, dict) else None
         if id_ is None or not isinstance(category.get("name"), str):
             raise DataError(f"{file}: category {category!r} needs a whole number as id and a name")
         if id_ in categories:
@@ -157,12 +136,13 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     names = {id_: category["name"] for id_, category in categories.items()}
     images: dict[int | str, LabelImage] = {}
     for number, image in enumerate(content["images"]):
-        id_ = to_id(image.get("id")) if isinstance(image, dict) else None
+        id_ = reading.to_id(image.get("id")) if isinstance(image, dict) else None
         if id_ is not None and "file_name" not in image and isinstance(image.get("coco_url"), str):
             # LVIS has addresses: http://images.cocodataset.org/val2017/000000397133.jpg
             image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])
         if id_ is None or not isinstance(image.get("file_name"), str):
-            reason = f"image {number} of the list needs an id and a file_name, got {short(image)}"
+            what = reading.short(image)
+            reason = f"image {number} of the list needs an id and a file_name, got {what}"
             parsed.report("label-unreadable", number, reason)
         elif id_ in images:
             reason = (
@@ -174,8 +154,8 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
             images[id_] = LabelImage(
                 name=image["file_name"],
                 id=id_,
-                width=to_size(image.get("width")),
-                height=to_size(image.get("height")),
+                width=reading.to_size(image.get("width")),
+                height=reading.to_size(image.get("height")),
                 extra={k: v for k, v in image.items() if k not in _IMAGE_KEYS},
             )
     parsed.images = list(images.values())
@@ -184,7 +164,7 @@ def _parse(file: Path, content: dict[str, Any]) -> LabelFile:
     for number, item in enumerate(objects):
         objects[number] = None  # freed early: COCO's list is gigabytes
         _parse_annotation(parsed, images, names, seen, number, item)
-    if scale_normalised(parsed):
+    if reading.scale_normalised(parsed):
         reason = "most boxes lie within 0 and 1: these look normalised; COCO's boxes are pixels"
         parsed.report("box-normalised", None, reason, "read as fractions of the image")
     return parsed
@@ -198,39 +178,39 @@ def _parse_annotation(
     number: int,
     item: Any,
 ) -> None:
-    id_ = to_id(item.get("id", number)) if isinstance(item, dict) else None
+    id_ = reading.to_id(item.get("id", number)) if isinstance(item, dict) else None
     if id_ is None:
-        reason = f"annotation {number} of the list is not an object: {short(item)}"
+        reason = f"annotation {number} of the list is not an object: {reading.short(item)}"
         parsed.report("label-unreadable", number, reason)
         return
     if id_ in seen:
         reason = f"annotation id {id_} is used twice; evaluators match by it"
         parsed.report("annotation-id-duplicate", id_, reason, "renumbered")
     seen.add(id_)
-    image_id = to_id(item.get("image_id"))
+    image_id = reading.to_id(item.get("image_id"))
     image = None if image_id is None else images.get(image_id)
     if image is None:
         reason = f"annotation {id_} is of image {item.get('image_id')!r}, which is not in the file"
         parsed.report("annotation-orphan", id_, reason)
         return
     where = f"annotation {id_} of image {image_id} ({image.name})"
-    category = to_int(item.get("category_id"))
+    category = reading.to_int(item.get("category_id"))
     if category is None or category not in names:
         reason = f"{where}: category_id {item.get('category_id')!r} is not in categories"
         parsed.report("class-unknown", id_, reason, image=image)
         return
-    box = to_box(item.get("bbox"), has_size=True)
+    box = reading.to_box(item.get("bbox"), has_size=True)
     if box is None and not item.get("bbox"):
-        box = _mask_box(item.get(JSON_TEXT))
+        box = _mask_box(item.get(reading.JSON_TEXT))
     if box is None:
-        reason = f"{where}: bbox {short(item.get('bbox'))} is not four numbers"
+        reason = f"{where}: bbox {reading.short(item.get('bbox'))} is not four numbers"
         parsed.report("box-not-a-number", id_, reason, image=image)
         return
     label = parsed.label(names[category])
-    image.annotations.append(to_annotation(box, label, number, item, _ANNOTATION_KEYS))
+    image.annotations.append(reading.to_annotation(box, label, number, item, _ANNOTATION_KEYS))
 
 
-def _mask_box(text: Any) -> Box | None:
+def _mask_box(text: Any) -> reading.Box | None:
     """Return the box around a mask: polygons, or RLE with counts; None for anything else."""
     try:
         mask = json.loads(text)
@@ -243,8 +223,8 @@ def _mask_box(text: Any) -> Box | None:
                 mask = rle.frPyObjects(mask, height, width)
             else:
                 mask = {"size": [height, width], "counts": counts.encode()}
-            return to_box(list(map(float, rle.toBbox(mask))), has_size=True)
-        return box_around(
+            return reading.to_box(list(map(float, rle.toBbox(mask))), has_size=True)
+        return reading.box_around(
             [xy for points in mask for xy in zip(points[::2], points[1::2], strict=True)]
         )
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
@@ -319,7 +299,7 @@ def _item(
         "iscrowd": int(annotation.crowd),
         **({"difficult": 1} if annotation.difficult else {}),
     }
-    return item | json_values(annotation.extra)
+    return item | reading.json_values(annotation.extra)
 
 
 def _side(low: float, high: float) -> float:

@@ -18,24 +18,8 @@ from typing import Any
 
 from retinanet.data.dataset import Dataset
 from retinanet.data.finder import LabelSet, Tree
-from retinanet.data.formats.labels import (
-    Box,
-    LabelFile,
-    LabelImage,
-    Splits,
-    build_splits,
-    cut,
-    find_tables,
-    from_text,
-    listed_names,
-    merge_classes,
-    read_text,
-    scale_normalised,
-    to_box,
-    to_number,
-    to_size,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -96,7 +80,7 @@ def find(tree: Tree) -> LabelSet | None:
     results = set(filter(_is_results, tables))
     if len(results) == len(tables):
         results = set()
-    labels = find_tables(
+    labels = reading.find_tables(
         "csv", tree, _SUFFIXES, lambda file: file in tables and file not in results, parse
     )
     if labels is not None:
@@ -112,11 +96,11 @@ def _is_results(file: Path) -> bool:
     column = next((i for i, name in enumerate(rows[0]) if _word(name) in _SCORES), None)
     if column is None:
         return False
-    values = {to_number(cells[column]) for cells in rows[1:] if column < len(cells)}
+    values = {reading.to_number(cells[column]) for cells in rows[1:] if column < len(cells)}
     return not values <= {0.0, 1.0, None}
 
 
-def read(tree: Tree, labels: LabelSet) -> Splits:
+def read(tree: Tree, labels: LabelSet) -> reading.Splits:
     """Read a CSV data set; the files are parsed once, a split's data set is built when called.
 
     Classes are those of ``classes.csv`` (name, id) or ``classes.txt`` if there is one, else all
@@ -128,13 +112,13 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
         names = {name for file in files for name in file.classes}
         is_number = all(name.isdecimal() for name in names)
         classes = list(enumerate(sorted(names, key=int) if is_number else sorted(names)))
-    return build_splits("csv", files, merge_classes(classes, source), tree)
+    return reading.build_splits("csv", files, reading.merge_classes(classes, source), tree)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the rows that are not blank."""
     try:
-        with io.StringIO(read_text(file), newline="") as stream:
+        with io.StringIO(reading.read_text(file), newline="") as stream:
             first = stream.readline()
             stream.seek(0)
             # A quoted header may contain other separators too, but less often.
@@ -178,13 +162,13 @@ def missing_columns(file: Path) -> str:
     words = [_word(word) for word in first]
     is_known = any(name in words for name in _COLUMNS["image"])
     missing = "the box" if is_known else "the image"
-    return f"no column for {missing}; columns are {cut(', '.join(first), 200)}"
+    return f"no column for {missing}; columns are {reading.cut(', '.join(first), 200)}"
 
 
 def _is_headerless(first: Sequence[str]) -> bool:
     """Whether the first row is path, four numbers or nothing, class."""
     sides = first[1:5]
-    is_row = not any(sides) or all(to_number(side) is not None for side in sides)
+    is_row = not any(sides) or all(reading.to_number(side) is not None for side in sides)
     return len(first) == len(_NO_HEADER) and bool(first[0]) and is_row
 
 
@@ -211,13 +195,13 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     for number, (line, cells) in enumerate(rows):
         texts = {key: cells[i] if i < len(cells) else "" for key, i in columns.items()}
         extra = {
-            key: from_text(key, cells[i])
+            key: reading.from_text(key, cells[i])
             for key, i in others.items()
             if i < len(cells) and cells[i]
         }
         _parse_row(parsed, images, texts, extra, line, number)
     parsed.images = list(images.values())
-    scale_normalised(parsed)
+    reading.scale_normalised(parsed)
     return parsed
 
 
@@ -237,24 +221,23 @@ def _parse_row(
         return
     image = images.get((split, name))
     if image is None:
-        id_ = from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
-        width, height = (to_size(cells.get(side)) for side in ("width", "height"))
+        id_ = (
+            reading.from_text("id", cells["image_id"]) if cells.get("image_id") else Path(name).stem
+        )
+        width, height = (reading.to_size(cells.get(side)) for side in ("width", "height"))
         image = LabelImage(name, id_, width, height, split=split)
     sides = [cells[side] for form in _BOXES for side in form if side in cells]
     is_empty = not any(sides) and cells.get("class", "none").lower() in ("", *_BACKGROUND)
-    values = extra | {key: from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)}
+    values = extra | {
+        key: reading.from_text(key, cells[key]) for key in _ROW_VALUES if cells.get(key)
+    }
     stated = ", ".join(map(repr, sides))
-    where = f"line {line}: {cut(name)}"
-    box = _box(cells, sides)
+    where = f"line {line}: {reading.cut(name)}"
+    numbers = re.split(r"[,;\s]+", sides[0].strip("[](){} ")) if "bbox" in cells else sides
+    box = reading.to_box(numbers, has_size="x2" not in cells)
     # An image of faulty rows alone is no background.
     if is_empty or parsed.add(image, number, class_name, box, stated, values, where=where):
         images[split, name] = image
-
-
-def _box(columns: Mapping[str, str], cells: list[str]) -> Box | None:
-    if "bbox" in columns:
-        cells = re.split(r"[,;\s]+", cells[0].strip("[](){} "))
-    return to_box(cells, has_size="x2" not in columns)
 
 
 def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
@@ -263,7 +246,7 @@ def _listed_classes(tree: Tree) -> tuple[Path, list[tuple[int, str]]]:
     if file is not None:
         rows = [cells for _, cells in _rows(file) if len(cells) >= 2]
         return file, sorted((int(row[1]), row[0]) for row in rows if row[1].isdecimal())
-    file, names = listed_names(tree, "classes.txt")
+    file, names = reading.listed_names(tree, "classes.txt")
     return file, list(enumerate(names))
 
 
@@ -293,12 +276,14 @@ def _write_split(dataset: Dataset, split: str, names: Mapping[Path, str], writin
         name = f"{split}/{names[image.path]}"
         common = {"filename": name, "width": width, "height": height}
         if image.id != Path(name).stem:
-            common["image_id"] = to_text(image.id)
+            common["image_id"] = reading.to_text(image.id)
         if not image.annotations:
             rows.append(common)
         for annotation in image.annotations:
             sides = zip(SIDES, map(number_text, annotation.box), strict=True)
-            extra = {_column(key): to_text(value) for key, value in annotation.extra.items()}
+            extra = {
+                _column(key): reading.to_text(value) for key, value in annotation.extra.items()
+            }
             values = object_values(annotation, len(rows))
             name = dataset.classes[annotation.label]
             rows.append({**common, "class": name, **dict(sides), **values, **extra})

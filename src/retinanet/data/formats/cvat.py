@@ -8,20 +8,12 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
-from retinanet.data.formats.labels import (
-    ENCLOSED,
-    LabelFile,
-    LabelImage,
-    begins_with,
-    enclosing_box,
-    from_text,
-    to_box,
-    to_flag,
-    to_number,
-    to_size,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
 
@@ -36,7 +28,7 @@ _KEPT = ("occluded", "z_order", "source", "group_id")
 
 def detect(file: Path) -> bool:
     """Whether an XML file is CVAT's."""
-    return begins_with(file, _ROOT)
+    return reading.begins_with(file, _ROOT)
 
 
 def parse(file: Path, *, split: str | None = None) -> LabelFile:
@@ -49,7 +41,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
         DataError: it is no XML, or holds the tracks of "CVAT for video", which name no images.
     """
     parsed = LabelFile(file, split)
-    number = 0
+    numbers = count()
     try:
         for _, element in ET.iterparse(file):
             if element.tag == "track":
@@ -62,7 +54,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
                 labels = [x for x in element.iter("label") if x.find("parent") is None]
                 parsed.listed = [(label.findtext("name") or "").strip() for label in labels]
             elif element.tag == "image":
-                number = _parse_image(parsed, element, number)
+                _parse_image(parsed, element, numbers)
             else:
                 continue
             element.clear()  # a large export would take gigabytes
@@ -73,45 +65,47 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     return parsed
 
 
-def _parse_image(parsed: LabelFile, element: ET.Element, number: int) -> int:
-    """Parse an image whose first object has this number in the file; return the next number."""
+def _parse_image(parsed: LabelFile, element: ET.Element, numbers: Iterator[int]) -> None:
+    """Parse an image; `numbers` are those of its objects in the file."""
     name = (element.get("name") or "").strip()
     subset = (element.get("subset") or "").strip()
     # CVAT calls the subset of images without one "default".
     split = None if subset.lower() in ("", "default") else split_word(subset) or subset
-    id_ = from_text("id", (element.get("id") or "").strip())
+    id_ = reading.from_text("id", (element.get("id") or "").strip())
     image = LabelImage(
         name,
         id_ if isinstance(id_, int) or id_ else Path(name).stem,
-        to_size(element.get("width")),
-        to_size(element.get("height")),
+        reading.to_size(element.get("width")),
+        reading.to_size(element.get("height")),
         split=split,
     )
     parsed.images.append(image)
     for child in element:
-        if child.tag == "box" and not to_flag(child.get("outside")):
-            _parse_box(parsed, image, child, number)
-        elif child.tag in _OTHER_SHAPES:
+        if child.tag in _OTHER_SHAPES:
             reason = f"{name}: {child.get('label')!r} is drawn as a {child.tag}, not as a box"
-            parsed.report("shape-not-box", number, reason, image=image)
-        number += child.tag == "box" or child.tag in _OTHER_SHAPES
-    return number
+            parsed.report("shape-not-box", next(numbers), reason, image=image)
+        elif child.tag == "box":
+            number = next(numbers)
+            if not reading.to_flag(child.get("outside")):
+                _parse_box(parsed, image, child, number)
 
 
 def _parse_box(parsed: LabelFile, image: LabelImage, element: ET.Element, number: int) -> None:
-    box = to_box([element.get(side) for side in _SIDES])
-    rotation = to_number(element.get("rotation") or 0)
+    box = reading.to_box([element.get(side) for side in _SIDES])
+    rotation = reading.to_number(element.get("rotation") or 0)
     if box is None or rotation is None or not math.isfinite(rotation):
         box = None
     elif rotation % 360:
-        box = enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+        box = reading.enclosing_box(box, rotation, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
         reason = f"{image.name}: object {number} is rotated by {rotation:g} degrees"
-        parsed.report("box-rotated", number, reason, ENCLOSED, image=image)
+        parsed.report("box-rotated", number, reason, reading.ENCLOSED, image=image)
     # The values of most boxes are left out: occluded="0", z_order="0".
     texts = {key: element.get(key) for key in _KEPT}
-    values = {key: from_text(key, text) for key, text in texts.items() if text and text != "0"}
+    values = {
+        key: reading.from_text(key, text) for key, text in texts.items() if text and text != "0"
+    }
     attributes = {
-        item.get("name", ""): from_text("attribute", (item.text or "").strip())
+        item.get("name", ""): reading.from_text("attribute", (item.text or "").strip())
         for item in element.iter("attribute")
     }
     if attributes:

@@ -13,18 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from retinanet.data.formats.labels import (
-    Box,
-    LabelFile,
-    LabelImage,
-    box_around,
-    json_has,
-    read_json,
-    short,
-    to_box,
-    to_number,
-    to_size,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 
 _CLASS_ATTRIBUTES = ("class", "label", "name", "type", "category", "object")
 _SIDES = ("x", "y", "width", "height")
@@ -32,7 +22,7 @@ _SIDES = ("x", "y", "width", "height")
 
 def is_labelme(file: Path) -> bool:
     """Whether a file is LabelMe's."""
-    return json_has(file, b"{", (b'"shapes"', b'"imagePath"'))
+    return reading.json_has(file, b"{", (b'"shapes"', b'"imagePath"'))
 
 
 def is_via(file: Path) -> bool:
@@ -40,38 +30,40 @@ def is_via(file: Path) -> bool:
     if file.suffix.lower() == ".csv":
         with file.open(encoding="utf-8-sig", errors="replace") as stream:
             return "region_shape_attributes" in stream.readline()
-    return json_has(file, b"{", (b'"regions"', b'"shape_attributes"'), (b'"_via_img_metadata"',))
+    return reading.json_has(
+        file, b"{", (b'"regions"', b'"shape_attributes"'), (b'"_via_img_metadata"',)
+    )
 
 
 def is_createml(file: Path) -> bool:
     """Whether a file is Create ML's."""
-    return json_has(file, b"[", (b'"annotations"', b'"coordinates"'))
+    return reading.json_has(file, b"[", (b'"annotations"', b'"coordinates"'))
 
 
 def parse_labelme(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse a LabelMe file: rectangles, circles, and the boxes around polygons."""
-    content = read_json(file, dict, "LabelMe's object")
+    content = reading.read_json(file, dict, "LabelMe's object")
     parsed = LabelFile(file, split)
     image = LabelImage(
         str(content.get("imagePath") or f"{file.stem}.jpg"),
         file.stem,
-        to_size(content.get("imageWidth")),
-        to_size(content.get("imageHeight")),
+        reading.to_size(content.get("imageWidth")),
+        reading.to_size(content.get("imageHeight")),
     )
     parsed.images.append(image)
     for number, shape in enumerate(_objects(content.get("shapes"))):
         points: Any = shape.get("points")
         kind = shape.get("shape_type") or "polygon"
-        box = box_around(points)
+        box = reading.box_around(points)
         if kind == "circle" and box is not None:  # the centre and a point on the circle
             (x, y), (to_x, to_y) = (map(float, point) for point in points[:2])
             radius = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
             box = (x - radius, y - radius, x + radius, y + radius)
         elif kind not in ("rectangle", "polygon"):
-            reason = f"shape {number} is a {short(kind)}"
+            reason = f"shape {number} is a {reading.short(kind)}"
             parsed.report("shape-not-box", number, reason, image=image)
             continue
-        parsed.add(image, number, str(shape.get("label") or ""), box, short(points))
+        parsed.add(image, number, str(shape.get("label") or ""), box, reading.short(points))
     return parsed
 
 
@@ -83,7 +75,7 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
     if file.suffix.lower() == ".csv":
         content = _via_rows(file)
     else:
-        content = read_json(file, dict, "VIA's object")
+        content = reading.read_json(file, dict, "VIA's object")
         content = _dict(content.get("_via_img_metadata", content))
     parsed = LabelFile(file, split)
     for key, item in content.items():
@@ -102,7 +94,7 @@ def parse_via(file: Path, *, split: str | None = None) -> LabelFile:
                 parsed.report("shape-not-box", number, reason, image=image)
                 continue
             class_name = _via_class(_dict(region.get("region_attributes")))
-            parsed.add(image, number, class_name, box, short(shape))
+            parsed.add(image, number, class_name, box, reading.short(shape))
     return parsed
 
 
@@ -123,21 +115,21 @@ def _via_rows(file: Path) -> dict[str, Any]:
     return images
 
 
-def _via_box(shape: Mapping[str, Any]) -> Box | None:
+def _via_box(shape: Mapping[str, Any]) -> reading.Box | None:
     """Return the box around a shape of VIA; None if it has none."""
     if "all_points_x" in shape:
         xs, ys = shape["all_points_x"], shape.get("all_points_y")
         is_valid = isinstance(xs, list) and isinstance(ys, list)
         points: Any = list(zip(xs, ys or (), strict=False)) if is_valid else None
-        return None if shape.get("name") == "polyline" else box_around(points)
+        return None if shape.get("name") == "polyline" else reading.box_around(points)
     if "cx" in shape:
         radius = shape.get("r")
         sides = (shape["cx"], shape.get("cy"), shape.get("rx", radius), shape.get("ry", radius))
-        x, y, rx, ry = map(to_number, sides)
+        x, y, rx, ry = map(reading.to_number, sides)
         if x is None or y is None or rx is None or ry is None:
             return None
         return x - rx, y - ry, x + rx, y + ry
-    return to_box([shape.get(side) for side in _SIDES], has_size=True)
+    return reading.to_box([shape.get(side) for side in _SIDES], has_size=True)
 
 
 def _via_class(attributes: Mapping[str, Any]) -> str:
@@ -154,17 +146,17 @@ def _via_class(attributes: Mapping[str, Any]) -> str:
 def parse_createml(file: Path, *, split: str | None = None) -> LabelFile:
     """Parse a Create ML file: boxes by their centre, in pixels."""
     parsed = LabelFile(file, split)
-    for item in _objects(read_json(file, list, "Create ML's list")):
+    for item in _objects(reading.read_json(file, list, "Create ML's list")):
         name = str(item.get("image") or item.get("imagefilename") or "")
         image = LabelImage(name, name)
         parsed.images.append(image)
         for number, annotation in enumerate(_objects(item.get("annotations"))):
             sides = _dict(annotation.get("coordinates"))
-            box = to_box([sides.get(side) for side in _SIDES])
+            box = reading.to_box([sides.get(side) for side in _SIDES])
             if box is not None:
                 x, y, width, height = box
                 box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            parsed.add(image, number, str(annotation.get("label") or ""), box, short(sides))
+            parsed.add(image, number, str(annotation.get("label") or ""), box, reading.short(sides))
     return parsed
 
 

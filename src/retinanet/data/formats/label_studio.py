@@ -16,23 +16,8 @@ from urllib.parse import parse_qs
 
 from retinanet.data.dataset import Annotation
 from retinanet.data.finder import Tree, is_image
-from retinanet.data.formats.labels import (
-    DROPPED,
-    ENCLOSED,
-    LabelFile,
-    LabelImage,
-    address_path,
-    cut,
-    enclosing_box,
-    json_has,
-    listed_names,
-    read_json,
-    short,
-    to_box,
-    to_id,
-    to_number,
-    to_size,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.errors import DataError
 
 CONFIG_FILE = "label_studio_config.xml"
@@ -56,14 +41,14 @@ _OTHER_SHAPES = frozenset(
 
 def detect(file: Path) -> bool:
     """Whether a file is an export of Label Studio."""
-    return json_has(file, b"[", *_MARKS)
+    return reading.json_has(file, b"[", *_MARKS)
 
 
 def class_names(tree: Tree) -> tuple[Path, list[str]]:
     """Return the file that lists the labels, and these; the path and none if there is none."""
     config = tree.named(CONFIG_FILE)
     if config is None:
-        return listed_names(tree)
+        return reading.listed_names(tree)
     try:
         root = ET.parse(config).getroot()
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
@@ -84,14 +69,14 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
     """
     parsed = LabelFile(file, split, decimals=6)
     seen: set[int | str] = set()
-    content = read_json(file, list, "a list of tasks")
+    content = reading.read_json(file, list, "a list of tasks")
     for number, task in enumerate(content):
         content[number] = None  # freed early: exports are large
         if not isinstance(task, dict):
-            reason = f"task {number} of the list is no object: {short(task)}"
+            reason = f"task {number} of the list is no object: {reading.short(task)}"
             parsed.report("label-unreadable", number, reason)
             continue
-        own = to_id(task.get("id"))
+        own = reading.to_id(task.get("id"))
         id_ = number if own is None else own
         is_min = not isinstance(task.get("data"), dict)
         data = task if is_min else task["data"]
@@ -102,7 +87,7 @@ def parse(file: Path, *, split: str | None = None) -> LabelFile:
                 reason = f"task {id_} is there twice"
                 parsed.report("image-id-duplicate", id_, reason, "the second is dropped")
         elif address is None:
-            reason = f"task {id_} names no image: {short(data)}"
+            reason = f"task {id_} names no image: {reading.short(data)}"
             parsed.report("label-unreadable", id_, reason)
         else:
             path = _image_path(address)
@@ -134,27 +119,29 @@ def _parse_task(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) -
             why = "has predictions alone, which no person has confirmed"
         else:
             why = "is not labelled yet"
-        parsed.report("label-missing", image.id, f"{where} {why}", DROPPED)
+        parsed.report("label-missing", image.id, f"{where} {why}", reading.DROPPED)
         return
     regions = next((item for item in kept if item.get("ground_truth")), kept[0]).get("result")
     if not isinstance(regions, list):
-        reason = f"{where}: its result is no list: {short(regions)}"
-        parsed.report("label-unreadable", image.id, reason, DROPPED)
+        reason = f"{where}: its result is no list: {reading.short(regions)}"
+        parsed.report("label-unreadable", image.id, reason, reading.DROPPED)
         return
     parsed.images.append(image)
     valid = [region if isinstance(region, dict) else {"type": "rectangle"} for region in regions]
     # <Rectangle> with <Labels> gives a result of each kind, of one id.
-    labelled = {to_id(region.get("id")) for region in valid if region.get("type") == "labels"}
+    labelled = {
+        reading.to_id(region.get("id")) for region in valid if region.get("type") == "labels"
+    }
     for number, region in enumerate(valid):
         value, kind = region.get("value"), str(region.get("type"))
-        key = to_id(region.get("id")) or number
+        key = reading.to_id(region.get("id")) or number
         if kind in _OTHER_SHAPES:
             reason = f"{name}: region {key} is a {kind}, not a rectangle"
             parsed.report("shape-not-box", key, reason, image=image)
         elif kind not in _RECTANGLES or (kind == "rectangle" and key in labelled):
             continue
         elif not isinstance(value, dict):
-            reason = f"{name}: region {number} is no rectangle: {short(regions[number])}"
+            reason = f"{name}: region {number} is no rectangle: {reading.short(regions[number])}"
             parsed.report("label-unreadable", number, reason, image=image)
         elif kind != "labels" or "x" in value:
             _parse_region(parsed, image, region, value, key)
@@ -166,10 +153,12 @@ def _parse_min(parsed: LabelFile, image: LabelImage, task: Mapping[str, Any]) ->
     regions = (item for value in lists for item in value if isinstance(item, dict))
     for number, region in enumerate(regions):
         if "rectanglelabels" in region or all(side in region for side in _BOX):
-            key = to_id(region.get("id")) or number
+            key = reading.to_id(region.get("id")) or number
             _parse_region(parsed, image, region, region, key)
         elif any(kind in region for kind in _OTHER_SHAPES) or "points" in region:
-            reason = f"{_file_name(image)}: region {number} is not a rectangle: {short(region)}"
+            reason = (
+                f"{_file_name(image)}: region {number} is not a rectangle: {reading.short(region)}"
+            )
             parsed.report("shape-not-box", number, reason, image=image)
 
 
@@ -182,24 +171,24 @@ def _parse_region(
 ) -> None:
     where = f"{_file_name(image)}: region {key}"
     if image.width is None and image.height is None:
-        image.width = to_size(region.get("original_width"))
-        image.height = to_size(region.get("original_height"))
+        image.width = reading.to_size(region.get("original_width"))
+        image.height = reading.to_size(region.get("original_height"))
     names = value.get("rectanglelabels", value.get("labels"))
     names = [names] if isinstance(names, str) else names if isinstance(names, list) else []
     names = [name for name in names if isinstance(name, str) and name]
     if not names:
         parsed.report("class-unknown", key, f"{where} has no label", image=image)
         return
-    box = to_box([value.get(side) for side in _BOX], has_size=True)
-    rotation = to_number(value.get("rotation") or 0)
-    image_rotation = to_number(region.get("image_rotation") or 0)
+    box = reading.to_box([value.get(side) for side in _BOX], has_size=True)
+    rotation = reading.to_number(value.get("rotation") or 0)
+    image_rotation = reading.to_number(region.get("image_rotation") or 0)
     if (
         box is None
         or rotation is None
         or image_rotation is None
         or not math.isfinite(rotation + image_rotation)
     ):
-        text = ", ".join(f"{side} {short(value.get(side))}" for side in (*_BOX, "rotation"))
+        text = ", ".join(f"{side} {reading.short(value.get(side))}" for side in (*_BOX, "rotation"))
         parsed.report("box-not-a-number", key, f"{where}: {text}: not numbers", image=image)
         return
     width, height = image.width or 0, image.height or 0
@@ -210,9 +199,11 @@ def _parse_region(
         return
     x1, y1, x2, y2 = (side / 100 for side in box)
     if rotation % 360:
-        parsed.report("box-rotated", key, f"{where} is rotated by {rotation:g} degrees", ENCLOSED)
+        parsed.report(
+            "box-rotated", key, f"{where} is rotated by {rotation:g} degrees", reading.ENCLOSED
+        )
         pixels = (x1 * width, y1 * height, x2 * width, y2 * height)
-        x1, y1, x2, y2 = enclosing_box(pixels, rotation, pixels[:2])
+        x1, y1, x2, y2 = reading.enclosing_box(pixels, rotation, pixels[:2])
         x1, y1, x2, y2 = x1 / width, y1 / height, x2 / width, y2 / height
     extra = {name: region[name] for name in ("score", "origin", "meta") if region.get(name)}
     for number, name in enumerate(names, start=1):
@@ -233,10 +224,14 @@ def _image_address(data: Mapping[str, Any]) -> str | None:
 def _image_path(address: str) -> str:
     """Return the path in an image's address, also in ``/data/local-files/?d=a/1.jpg``."""
     path, _, query = address.partition("?")
-    name = parse_qs(query).get("d", [""])[0] if "local-files" in path else address_path(address)
+    name = (
+        parse_qs(query).get("d", [""])[0]
+        if "local-files" in path
+        else reading.address_path(address)
+    )
     return "/".join(part for part in re.split(r"[\\/]", name) if part not in ("", ".", ".."))
 
 
 def _file_name(image: LabelImage) -> str:
     """Return the image's file name, in messages."""
-    return cut(address_path(image.name).rpartition("/")[2])
+    return reading.cut(reading.address_path(image.name).rpartition("/")[2])

@@ -12,16 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from retinanet.data.dataset import Annotation
-from retinanet.data.formats.labels import (
-    Box,
-    LabelFile,
-    LabelImage,
-    box_around,
-    cut,
-    read_lines,
-    to_box,
-    to_number,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 
 _VISDRONE_CLASSES = (
     *("ignored regions", "pedestrian", "people", "bicycle", "car", "van", "truck", "tricycle"),
@@ -30,33 +22,33 @@ _VISDRONE_CLASSES = (
 # Of no class; they are ignored.
 _REGIONS = {"kitti": ("DontCare",), "visdrone": ("ignored regions", "others"), "dota": ()}
 
-Row = tuple[str, Box | None, bool]
+Row = tuple[str, reading.Box | None, bool]
 """Class, box, and whether the object is ignored, of a row."""
 
 
 def _kitti(line: str) -> Row | None:
     words = line.split()
-    is_row = len(words) in (15, 16) and to_number(words[0]) is None
-    if not is_row or None in map(to_number, words[1:]):
+    is_row = len(words) in (15, 16) and reading.to_number(words[0]) is None
+    if not is_row or None in map(reading.to_number, words[1:]):
         return None
-    return words[0], to_box(words[4:8]), False
+    return words[0], reading.to_box(words[4:8]), False
 
 
 def _visdrone(line: str) -> Row | None:
     words = [word for word in line.split(",") if word.strip()]
-    numbers = [to_number(word) for word in words]
+    numbers = [reading.to_number(word) for word in words]
     if len(numbers) != 8 or None in numbers or numbers[5] not in range(len(_VISDRONE_CLASSES)):
         return None
     name = _VISDRONE_CLASSES[int(numbers[5] or 0)]
-    return name, to_box(numbers[:4], has_size=True), numbers[4] == 0
+    return name, reading.to_box(numbers[:4], has_size=True), numbers[4] == 0
 
 
 def _dota(line: str) -> Row | None:
     words = line.split()
-    corners = [to_number(word) for word in words[:8]]
-    if len(words) not in (9, 10) or None in corners or to_number(words[8]) is not None:
+    corners = [reading.to_number(word) for word in words[:8]]
+    if len(words) not in (9, 10) or None in corners or reading.to_number(words[8]) is not None:
         return None
-    box = box_around(list(zip(corners[::2], corners[1::2], strict=True)))
+    box = reading.box_around(list(zip(corners[::2], corners[1::2], strict=True)))
     return words[8], box, words[9:] not in ([], ["0"])
 
 
@@ -82,7 +74,7 @@ def parse(file: Path, *, format: str, split: str | None = None) -> LabelFile:
     for number, line in enumerate(_lines(file)):
         name, box, is_ignored = _ROWS[format](line) or ("", None, False)
         if box is None:
-            reason = f"row {number + 1} ({cut(line, 60)}) is no row of {format}"
+            reason = f"row {number + 1} ({reading.cut(line, 60)}) is no row of {format}"
             parsed.report("label-unreadable", number, reason, image=image)
         elif name in _REGIONS[format]:
             regions.append(Annotation(box, 0, number, crowd=True))
@@ -96,4 +88,6 @@ def parse(file: Path, *, format: str, split: str | None = None) -> LabelFile:
 
 def _lines(file: Path) -> list[str]:
     # DOTA's files begin with imagesource: and gsd:.
-    return [line for line in read_lines(file) if not line.startswith(("imagesource", "gsd"))]
+    return [
+        line for line in reading.read_lines(file) if not line.startswith(("imagesource", "gsd"))
+    ]

@@ -19,23 +19,8 @@ from typing import Any
 
 from retinanet.data.dataset import Dataset, LabelledImage, Problem
 from retinanet.data.finder import LabelSet, Tree
-from retinanet.data.formats.labels import (
-    DROPPED,
-    ClassList,
-    LabelFile,
-    LabelImage,
-    Splits,
-    begins_with,
-    build,
-    find_classes,
-    find_files,
-    from_text,
-    listed_names,
-    read_lines,
-    to_box,
-    to_size,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import SIDES, Writing, number_text, object_values, size_of
 from retinanet.data.splits import split_word
 
@@ -49,15 +34,15 @@ _OWN_ROOT_ELEMENTS = frozenset({"folder", "filename", "path", "size", "object", 
 
 def detect(file: Path) -> bool:
     """Whether an XML file is VOC's."""
-    return begins_with(file, _ROOT)
+    return reading.begins_with(file, _ROOT)
 
 
 def find(tree: Tree) -> LabelSet | None:
     """Return the XML files of a tree by split."""
-    return find_files("voc", tree, [".xml"], detect)
+    return reading.find_files("voc", tree, [".xml"], detect)
 
 
-def read(tree: Tree, labels: LabelSet) -> Splits:
+def read(tree: Tree, labels: LabelSet) -> reading.Splits:
     """Read a VOC data set; the XML files are parsed once, a split's data set is built when called.
 
     Splits are the lists in ``ImageSets/Main``, those of one name in several folders (VOC2007 and
@@ -66,8 +51,8 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
     file is a problem and left out: VOC has a file without objects for an image without any.
     """
     files = {file: parse(file) for _, file in labels.by_split()}
-    source, names = listed_names(tree, "classes.txt", "labels.txt")
-    classes = find_classes(files.values(), names, source)
+    source, names = reading.listed_names(tree, "classes.txt", "labels.txt")
+    classes = reading.find_classes(files.values(), names, source)
     lists = _lists(tree)
     if not lists:
         return {
@@ -85,14 +70,14 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
         split = "" if split == "default" else split
         members, problems = splits.setdefault(split, ([], []))
         root = list_file.parents[2]
-        for line in read_lines(list_file):
+        for line in reading.read_lines(list_file):
             # A name may contain blanks; -1, 0 or 1 may follow it.
             name = re.sub(r"\s+(-1|0|1)$", "", line)
             member = _file_of(line, by_stem, root) or _file_of(name, by_stem, root)
             if member is None:
                 stem = PurePosixPath(name).name
                 reason = f"{name} is in the split {split}, but has no Annotations/{stem}.xml"
-                problems.append(Problem("label-missing", list_file, name, reason, DROPPED))
+                problems.append(Problem("label-missing", list_file, name, reason, reading.DROPPED))
             else:
                 members.append(files[member])
                 listed.add(member)
@@ -101,7 +86,7 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
         labels.notes.append(f"{len(rest)} .xml files are in no list of ImageSets/Main: split other")
         splits.setdefault("", ([], []))[0].extend(rest)
     return {
-        split: partial(build, "voc", split, members, classes, tree, problems=problems)
+        split: partial(reading.build, "voc", split, members, classes, tree, problems=problems)
         for split, (members, problems) in splits.items()
     }
 
@@ -125,15 +110,21 @@ def _file_of(name: str, by_stem: Mapping[str, list[Path]], root: Path) -> Path |
     return next(iter(exact if folders else candidates), next(iter(candidates), None))
 
 
-def _read_group(split: str, files: list[LabelFile], classes: ClassList, tree: Tree) -> Dataset:
+def _read_group(
+    split: str, files: list[LabelFile], classes: reading.ClassList, tree: Tree
+) -> Dataset:
     """Return the images of XML files; those in their folders without one are problems."""
-    dataset = build("voc", split, files, classes, tree)
+    dataset = reading.build("voc", split, files, classes, tree)
     known = {image.path for image in dataset.images}
     folders = {path.parent for path in known if tree.path.is_dir()}
     stems = {file.file.stem for file in files}
     unlabelled = [
         Problem(
-            "label-missing", image, None, f"has no {image.stem}.xml, not even an empty one", DROPPED
+            "label-missing",
+            image,
+            None,
+            f"has no {image.stem}.xml, not even an empty one",
+            reading.DROPPED,
         )
         for image in tree.images
         if image.parent in folders and image not in known and image.stem not in stems
@@ -148,7 +139,7 @@ def parse(file: Path) -> LabelFile:
         tree = _root_of(file.read_bytes())
     except (ET.ParseError, OSError, LookupError, ValueError) as error:
         reason = f"not XML: {error}" if isinstance(error, ET.ParseError) else f"{error}"
-        parsed.report("label-unreadable", None, reason, DROPPED)
+        parsed.report("label-unreadable", None, reason, reading.DROPPED)
         return parsed
     id_, stated = (_text(tree, key) for key in ("id", "filename"))
     names = [f"{file.stem}.jpg", stated] if stated else [f"{file.stem}.jpg"]
@@ -156,21 +147,21 @@ def parse(file: Path) -> LabelFile:
         names.reverse()
     image = LabelImage(
         names[0],
-        from_text("id", id_) if id_ else file.stem,
-        to_size(tree.findtext("size/width")),
-        to_size(tree.findtext("size/height")),
+        reading.from_text("id", id_) if id_ else file.stem,
+        reading.to_size(tree.findtext("size/width")),
+        reading.to_size(tree.findtext("size/height")),
         extra=_values(tree, _OWN_ROOT_ELEMENTS),
         other_names=tuple(names[1:]),
     )
     parsed.images.append(image)
     depth = _text(tree, "size/depth")
     if depth:
-        image.extra["depth"] = from_text("depth", depth)
+        image.extra["depth"] = reading.from_text("depth", depth)
     for number, element in enumerate(tree.iter("object")):
         texts = [_text(element, f"bndbox/{side}") for side in SIDES]
         stated = ", ".join(f"{side} {text!r}" for side, text in zip(SIDES, texts, strict=True))
         values = _values(element, _OWN_ELEMENTS)
-        parsed.add(image, number, _text(element, "name"), to_box(texts), stated, values)
+        parsed.add(image, number, _text(element, "name"), reading.to_box(texts), stated, values)
     return parsed
 
 
@@ -197,7 +188,7 @@ def _values(element: ET.Element, known: frozenset[str]) -> dict[str, Any]:
         if child.tag in known:
             continue
         text = (child.text or "").strip()
-        value = _values(child, frozenset()) if len(child) else from_text(child.tag, text)
+        value = _values(child, frozenset()) if len(child) else reading.from_text(child.tag, text)
         if child.tag in values:
             earlier = values[child.tag]
             values[child.tag] = [*earlier, value] if isinstance(earlier, list) else [earlier, value]
@@ -272,4 +263,4 @@ def _add(parent: ET.Element, values: Mapping[str, Any], writing: Writing) -> Non
             for item in items:
                 _add(ET.SubElement(parent, key), item, writing)
         else:
-            ET.SubElement(parent, key).text = to_text(value)
+            ET.SubElement(parent, key).text = reading.to_text(value)

@@ -23,30 +23,14 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, is_image
-from retinanet.data.formats.labels import (
-    DROPPED,
-    JSON_TEXT,
-    LabelFile,
-    LabelImage,
-    build,
-    json_values,
-    merge_classes,
-    short,
-    to_annotation,
-    to_box,
-    to_id,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import Writing, size_of
-from retinanet.data.image_files import suffix_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
-from retinanet.files import write_atomic
 
 CATALOGUE = "retinanet.json"
 """File next to the shards: classes, and the shards of each split."""
@@ -103,7 +87,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
         known = sorted((id_, name) for name, id_ in ids.items() if id_ is not None)
         is_complete = len({id_ for id_, _ in known}) == len(ids)
         pairs = known if is_complete else list(enumerate(sorted(ids), start=1))
-    classes = merge_classes(pairs, path)
+    classes = reading.merge_classes(pairs, path)
     known_ids = ids if len(ids) == len(pairs) else None  # None: a name has several
 
     def build_split(split: str) -> Dataset:
@@ -115,7 +99,7 @@ def read(tree: Tree, labels: LabelSet) -> dict[str, Callable[[], Dataset]]:
                 f"{first.file}: {first.reason}; no sample of {split or path} can be read"
             )
         extra = catalogue["splits"][split].get("extra", {}) if catalogue else {}
-        return build("webdataset", split, files, classes, tree, extra=extra)
+        return reading.build("webdataset", split, files, classes, tree, extra=extra)
 
     return {split: partial(build_split, split) for split in shards}
 
@@ -224,7 +208,7 @@ def parse(archive: str | Path, *, ids: dict[str, int | None] | None = None) -> l
     members = archives.members_of(archive)
     results: list[LabelFile] = []
 
-    def report(name: str, kind: str, reason: str, fix: str = DROPPED) -> None:
+    def report(name: str, kind: str, reason: str, fix: str = reading.DROPPED) -> None:
         results.append(LabelFile(Path(f"{archive}/{name}")))
         results[-1].report(kind, None, reason, fix)
 
@@ -242,11 +226,8 @@ def parse(archive: str | Path, *, ids: dict[str, int | None] | None = None) -> l
             reason = f"key {key!r} has {len(images)} images: {', '.join(sorted(images))}"
             report(images[0], "key-duplicate", reason)
         elif images:
-            report(
-                images[0],
-                "label-missing",
-                f"key {key!r} has no .json, not even one without objects",
-            )
+            reason = f"key {key!r} has no .json, not even one without objects"
+            report(images[0], "label-missing", reason)
         elif label is not None:
             report(label, "image-missing", f"key {key!r} has labels and no image", "dropped")
     labels = archives.read_members([members[label] for _, _, label in pairs])
@@ -278,53 +259,46 @@ def _content_of(text: bytes) -> dict[str, Any] | str:
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     if not isinstance(content, dict) or not isinstance(content.get("objects"), list):
-        held = f"keys {sorted(content)[:8]}" if isinstance(content, dict) else short(content)
+        held = (
+            f"keys {sorted(content)[:8]}" if isinstance(content, dict) else reading.short(content)
+        )
         return f'has no list "objects" but {held}; {{"objects": [{_OBJECT}]}} is read'
     if not isinstance(content.get("extra", {}), dict):
-        return f'"extra" is no object but {short(content["extra"])}'
+        return f'"extra" is no object but {reading.short(content["extra"])}'
     for side in ("width", "height"):
         value = content.get(side)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            return f'"{side}" is not a whole number but {short(value)}'
-    if to_id(content.get("id", 0)) is None:
-        return f'"id" is neither number nor text but {short(content["id"])}'
+            return f'"{side}" is not a whole number but {reading.short(value)}'
+    if reading.to_id(content.get("id", 0)) is None:
+        return f'"id" is neither number nor text but {reading.short(content["id"])}'
     return content
 
 
 def _parse_object(
-    parsed: LabelFile,
-    image: LabelImage,
-    number: int,
-    item: Any,
-    ids: dict[str, int | None] | None,
+    parsed: LabelFile, image: LabelImage, number: int, item: Any, ids: dict[str, int | None] | None
 ) -> None:
     where = f"object {number}"
     if not isinstance(item, dict) or not isinstance(item.get("extra", {}), dict):
-        reason = f"{where}: is {short(item)}, not {_OBJECT}"
+        reason = f"{where}: is {reading.short(item)}, not {_OBJECT}"
         parsed.report("label-unreadable", number, reason, image=image)
         return
-    name, category = item.get("class"), to_id(item.get("category_id"))
-    if not isinstance(name, str):
-        reason = f"{where}: its class is {name!r}, not a name"
-        parsed.report("class-unknown", number, reason, image=image)
-        return
+    name, category = item.get("class"), reading.to_id(item.get("category_id"))
+    name = name if isinstance(name, str) else ""
     category = category if isinstance(category, int) else None
-    expected = category if ids is None else ids.setdefault(name, category)
+    expected = category if ids is None or not name else ids.setdefault(name, category)
     if None not in (category, expected) and category != expected:
         reason = f"{where}: class {name!r} has category_id {category}, and {expected} elsewhere"
         parsed.report("class-unknown", number, reason, image=image)
         return
-    box = to_box(item.get("box"))
-    if box is None:
-        reason = f"{where}: box {short(item.get('box'))} is not 4 numbers"
-        parsed.report("box-not-a-number", number, reason, image=image)
-        return
     extra = dict(item.get("extra", {}))
-    if JSON_TEXT in extra:
-        extra[JSON_TEXT] = to_text(extra[JSON_TEXT])
+    if reading.JSON_TEXT in extra:
+        extra[reading.JSON_TEXT] = reading.to_text(extra[reading.JSON_TEXT])
     own = {key: item.get(key) for key in ("id", "difficult", "area")}
     values = {**extra, **own, "iscrowd": item.get("crowd")}
-    image.annotations.append(to_annotation(box, parsed.label(name), number, values, ()))
+    box = item.get("box")
+    parsed.add(
+        image, number, name, reading.to_box(box), f"box {reading.short(box)}", values, where=where
+    )
 
 
 # ---- writing
@@ -351,21 +325,20 @@ def write(writing: Writing) -> None:
     limits = parse_shard_size(writing.shard_size)
     if writing.placing != "copy":
         raise DataError(f"images are copied into shards; a {writing.placing} cannot be in a tar")
-    names = writing.names(together=False, stems=True)
-    splits = {
-        split: _write_split(writing, split, dataset, names[split], *limits)
-        for split, dataset in writing.splits.items()
-    }
+    names = writing.names(together=False, stems=True, dot="_")
     first = next(iter(writing.splits.values()))
     content = {
         "layout": _LAYOUT,
         "version": _VERSION,
         "classes": first.classes,
         "category_ids": first.category_ids,
-        "splits": splits,
+        "splits": {
+            split: _write_split(writing, split, dataset, names[split], *limits)
+            for split, dataset in writing.splits.items()
+        },
     }
     text = json.dumps(content, ensure_ascii=False, indent=1)
-    write_atomic(writing.folder / CATALOGUE, text + "\n")
+    (writing.folder / CATALOGUE).write_text(text + "\n", "utf-8")
 
 
 def _write_split(
@@ -378,7 +351,6 @@ def _write_split(
 ) -> dict[str, Any]:
     """Write the shards of a split; return its entry in ``retinanet.json``."""
     shards: dict[str, int] = {}
-    keys: set[str] = set()
     with ExitStack() as stack:
         tar: tarfile.TarFile | None = None
         file = ""
@@ -397,9 +369,9 @@ def _write_split(
                 tar = stack.enter_context(tarfile.open(path, "w", format=tarfile.GNU_FORMAT))
                 shards[file] = 0
             name = Path(names[image.path])
-            key = _free_key(name.stem.replace(".", "_"), keys)
-            _add(tar, f"{key}{name.suffix if is_image(name) else _suffix(content)}", content)
-            _add(tar, f"{key}.json", label)
+            # Without an extension of an image it would be no sample; readers see the content.
+            _add(tar, f"{name.stem}{name.suffix if is_image(name) else '.jpg'}", content)
+            _add(tar, f"{name.stem}.json", label)
             shards[file] += 1
             writing.count_image()
     return {
@@ -414,23 +386,6 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)  # no times, no owner: the same data give the same bytes
     info.size = len(content)
     tar.addfile(info, BytesIO(content))
-
-
-def _free_key(stem: str, taken: set[str]) -> str:
-    key, number = stem, 2
-    while key.lower() in taken:
-        key, number = f"{stem}_{number}", number + 1
-    taken.add(key.lower())
-    return key
-
-
-def _suffix(image: bytes) -> str:
-    """Return the extension of an image by its content."""
-    try:
-        with Image.open(BytesIO(image)) as opened:
-            return suffix_of(opened.format or "")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        return ".jpg"  # so that it stays a sample, and the check reports it
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
@@ -457,5 +412,5 @@ def _object(annotation: Annotation, dataset: Dataset) -> dict[str, Any]:
     item |= {key: True for key, value in more.items() if value}
     if annotation.area is not None:
         item["area"] = annotation.area
-    extra = json_values(annotation.extra)
+    extra = reading.json_values(annotation.extra)
     return item | ({"extra": extra} if extra else {})

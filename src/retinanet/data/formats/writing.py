@@ -15,7 +15,7 @@ from typing import Literal
 
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
-from retinanet.data.formats.labels import to_text
+from retinanet.data.formats.reading import to_text
 from retinanet.data.image_files import image_size
 from retinanet.errors import DataError
 
@@ -57,10 +57,11 @@ class Writing:
         if self.progress:
             self.progress(self.done, sum(map(len, self.splits.values())))
 
-    def names(self, *, together: bool, stems: bool) -> dict[str, dict[Path, str]]:
+    def names(self, *, together: bool, stems: bool, dot: str = ".") -> dict[str, dict[Path, str]]:
         """Return a file name for each image of each split, the image's own if it is free.
 
-        All splits share a folder (`together`); names differ without their extensions (`stems`).
+        All splits share a folder (`together`); names differ without their extensions (`stems`),
+        in which `dot` replaces dots.
         """
         names: dict[str, dict[Path, str]] = {}
         taken: set[str] = set()
@@ -70,20 +71,11 @@ class Writing:
                 taken, chosen = set(), {}
             for image in dataset.images:
                 if image.path not in chosen:
-                    chosen[image.path] = self._free_name(image.path, taken, stems)
+                    suffix = self.suffixes.get(image.path, image.path.suffix)
+                    ending = "" if stems else suffix
+                    chosen[image.path] = _free_stem(image.path, dot, ending, taken) + suffix
             names[split] = {image.path: chosen[image.path] for image in dataset.images}
         return names
-
-    def _free_name(self, path: Path, taken: set[str], stems: bool) -> str:
-        suffix = self.suffixes.get(path, path.suffix)
-        numbered = (f"{path.stem}_{number}" for number in count(2))
-        for stem in chain([path.stem, f"{path.parent.name}_{path.stem}"], numbered):
-            # Lower case: on many file systems A.jpg and a.jpg are one file.
-            key = (stem if stems else f"{stem}{suffix}").lower()
-            if key not in taken:
-                break
-        taken.add(key)
-        return f"{stem}{suffix}"
 
     def place(self, names: Mapping[str, Mapping[Path, str]], layout: str) -> None:
         """Copy or link images in threads to paths such as ``images/{split}/{name}``."""
@@ -114,6 +106,18 @@ class Writing:
             os.link(source.resolve(), target)
         else:
             target.symlink_to(source.resolve())
+
+
+def _free_stem(path: Path, dot: str, ending: str, taken: set[str]) -> str:
+    """Return the stem of a path, or a longer one that with its ending is not taken."""
+    folder, own = (name.replace(".", dot) for name in (path.parent.name, path.stem))
+    for stem in chain([own, f"{folder}_{own}"], (f"{own}_{number}" for number in count(2))):
+        # Lower case: on many file systems A.jpg and a.jpg are one file.
+        key = f"{stem}{ending}".lower()
+        if key not in taken:
+            break
+    taken.add(key)
+    return stem
 
 
 def check_apart(folder: Path, sources: Iterable[Path]) -> None:

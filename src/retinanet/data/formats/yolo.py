@@ -19,22 +19,8 @@ import yaml
 
 from retinanet.data.dataset import Dataset, Problem
 from retinanet.data.finder import LabelSet, Tree, fold, is_image, relative, scan
-from retinanet.data.formats.labels import (
-    DROPPED,
-    JSON_TEXT,
-    ClassList,
-    LabelFile,
-    LabelImage,
-    Splits,
-    box_around,
-    build,
-    cut,
-    merge_classes,
-    read_lines,
-    read_text,
-    to_int,
-    to_text,
-)
+from retinanet.data.formats import reading
+from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import Writing, own_area, size_of
 from retinanet.data.splits import split_word
 from retinanet.errors import DataError
@@ -47,7 +33,7 @@ _SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 def detect(file: Path) -> bool:
     """Whether the first line of a text file is a row of YOLO."""
-    lines = read_lines(file)
+    lines = reading.read_lines(file)
     return bool(lines) and not isinstance(_row(lines[0]), str)
 
 
@@ -83,7 +69,7 @@ def find(tree: Tree) -> LabelSet | None:
     return LabelSet("yolo", tree.group(dict.fromkeys(files)), labelled)
 
 
-def read(tree: Tree, labels: LabelSet) -> Splits:
+def read(tree: Tree, labels: LabelSet) -> reading.Splits:
     """Read a YOLO data set; each split's data set is read when called.
 
     Splits are those of data.yaml, or the lists ``train.txt`` and ``val.txt``, or folders. A split
@@ -96,7 +82,7 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
     missing: dict[str, str] = {}
     if file.suffix.lower() != ".txt":
         splits, names, missing = _from_settings(file, tree, labels.notes)
-        keypoints = any(line.startswith("kpt_shape") for line in read_lines(file))
+        keypoints = any(line.startswith("kpt_shape") for line in reading.read_lines(file))
     elif tree.path.is_file():
         is_list = not detect(file)
         splits = {tree.split_of(file, by_name=is_list): _images_of_file(tree, texts)}
@@ -110,12 +96,12 @@ def read(tree: Tree, labels: LabelSet) -> Splits:
     names = names or _listed_classes(tree, labels.notes)
     if not names:  # numbers
         images_files = {texts.of(image) for images in splits.values() for image in images} - {None}
-        rows = (_row(line) for text in images_files if text for line in read_lines(text))
+        rows = (_row(line) for text in images_files if text for line in reading.read_lines(text))
         last = max((row[0] for row in rows if not isinstance(row, str)), default=-1)
         names = list(map(str, range(last + 1)))
-    classes = merge_classes(enumerate(names), file, by_id=True)
-    found: Splits = {
-        split: partial(_read_split, split, images, classes, tree, texts, keypoints)
+    classes = reading.merge_classes(enumerate(names), file, by_id=True)
+    found: reading.Splits = {
+        split: partial(_read_split, split, images, classes, texts, keypoints)
         for split, images in splits.items()
     }
     return found | {split: partial(_fail, message) for split, message in missing.items()}
@@ -129,9 +115,9 @@ def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
     """Return the names of a file of names in the tree, or above it; none if there is none."""
     first = tree.named(*_NAME_FILES)
     if first is not None:
-        names = read_lines(first)
+        names = reading.read_lines(first)
         for file in (file for file in tree.files if file.name in _NAME_FILES):
-            if read_lines(file) not in ([], names):
+            if reading.read_lines(file) not in ([], names):
                 raise DataError(
                     f"{first} and {file} list other classes, and rows state numbers; give the "
                     f"folder of one of them, or make the lists equal"
@@ -145,7 +131,7 @@ def _listed_classes(tree: Tree, notes: list[str]) -> Sequence[str]:
             notes.append(f"{file}: gives only the names of the classes")
             if file.suffix == ".yaml":
                 return _yaml_names(file, _load_yaml(file))
-            return read_lines(file)
+            return reading.read_lines(file)
     return ()
 
 
@@ -168,6 +154,9 @@ class _Texts:
         return self._found[image]
 
     def _find(self, image: Path) -> Path | None:
+        if not image.is_relative_to(self.tree.root):  # of a list that leads elsewhere
+            expected = self.expected(image)
+            return expected if expected.is_file() else None
         candidates = self.by_stem.get(fold(image.stem), [])
         split, folders = self.tree.split_of(image), self._folders(image)
         same = [file for file in candidates if self._folders(file) == folders]
@@ -200,7 +189,7 @@ class _Texts:
 
 def _is_data_yaml(file: Path, separator: str = ":") -> bool:
     try:
-        text = read_text(file)
+        text = reading.read_text(file)
     except OSError:
         return False
     # By its keys, unparsed: a broken data.yaml is still one, and reading it reports the fault.
@@ -214,14 +203,16 @@ def _from_settings(
 ) -> tuple[dict[str, list[Path]], Sequence[str], dict[str, str]]:
     """Return what data.yaml or obj.data states: images by split, names, missing splits."""
     if file.suffix.lower() == ".data":
-        lines = (line.partition("=") for line in read_lines(file))
+        lines = (line.partition("=") for line in reading.read_lines(file))
         content: dict[Any, Any] = {key.strip(): value.strip() for key, _, value in lines}
         named = tree.named(PurePosixPath(content.get("names", "").replace("\\", "/")).name)
-        names: Sequence[str] = read_lines(named) if named else ()
+        names: Sequence[str] = reading.read_lines(named) if named else ()
     else:
         content = _load_yaml(file)
         names = _yaml_names(file, content)
-    base = _yaml_base(file, content.get("path"))
+    # `path` is itself relative to the file, or stale.
+    folders = [file.parent / str(path), Path(str(path))] if (path := content.get("path")) else []
+    base = next((folder for folder in folders if folder.is_dir()), file.parent)
     splits: dict[str, list[Path]] = {}
     missing: dict[str, str] = {}
     for key, split in _SPLIT_KEYS.items():
@@ -243,7 +234,7 @@ def _from_settings(
 def _load_yaml(file: Path) -> dict[Any, Any]:
     try:
         # Names stay text: on, off and 007 are classes, no truth values and no number.
-        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)
+        content = yaml.load(reading.read_text(file), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1} column {mark.column + 1}" if mark else ""
@@ -259,7 +250,7 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
     if isinstance(names, list):
         return tuple(map(str, names))
     if not isinstance(names, dict):
-        count = to_int(content.get("nc")) or 0
+        count = reading.to_int(content.get("nc")) or 0
         if count < 1:
             raise DataError(f"{file}: has no names; write names: [first, second, ...]")
         return tuple(map(str, range(count)))
@@ -273,16 +264,6 @@ def _yaml_names(file: Path, content: dict[Any, Any]) -> tuple[str, ...]:
             f"got {sorted(numbered)[:10]}"
         )
     return tuple(numbered[number] for number in range(len(numbered)))
-
-
-def _yaml_base(file: Path, path: Any) -> Path:
-    """Return the folder of the splits: `path` is itself relative to the file, or stale."""
-    if not path:
-        return file.parent
-    for base in (file.parent / str(path), Path(str(path))):
-        if base.is_dir():
-            return base
-    return file.parent
 
 
 def _entry_images(file: Path, base: Path, entry: str, tree: Tree) -> list[Path] | None:
@@ -333,7 +314,7 @@ def _from_lists(tree: Tree) -> dict[str, list[Path]]:
 
 
 def _list_lines(file: Path) -> list[str]:
-    return [line for line in read_lines(file) if not line.startswith("#")]
+    return [line for line in reading.read_lines(file) if not line.startswith("#")]
 
 
 def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
@@ -344,19 +325,13 @@ def _images_of_file(tree: Tree, texts: _Texts) -> list[Path]:
     if detect(file):
         return [image for image in tree.images if texts.of(image) == file]
     images = [image for image in _listed(file, tree) if image.is_file()]
-    return images if any(_label_of(image, tree, texts) for image in images) else []
+    return images if any(map(texts.of, images)) else []
 
 
 def _from_folders(tree: Tree, texts: _Texts) -> dict[str, list[Path]]:
     """Return images by the split of their folder; folders without any label are left out."""
-    folders: dict[Path, list[Path]] = {}
-    for image in tree.images:
-        folders.setdefault(image.parent, []).append(image)
-    images: list[Path] = []
-    for inside in folders.values():
-        if any(texts.of(image) is not None for image in inside):
-            images += inside
-    return tree.group(images)
+    labelled = {image.parent for image in tree.images if texts.of(image) is not None}
+    return tree.group(image for image in tree.images if image.parent in labelled)
 
 
 def _row(line: str) -> tuple[int, list[float]] | str:
@@ -383,10 +358,10 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
     parsed = LabelFile(file, decimals=4)
     image = LabelImage(f"{file.stem}.jpg", file.stem)
     parsed.images.append(image)
-    for number, line in enumerate(read_lines(file)):
+    for number, line in enumerate(reading.read_lines(file)):
         row = _row(line)
         if isinstance(row, str):
-            reason = f"row {number + 1} ({cut(line, 60)}): {row}"
+            reason = f"row {number + 1} ({reading.cut(line, 60)}): {row}"
             parsed.report("label-unreadable", number, reason, image=image)
             continue
         label, values = row
@@ -395,23 +370,19 @@ def parse(file: Path, *, keypoints: bool = False) -> LabelFile:
             box = x - w / 2, y - h / 2, x + w / 2, y + h / 2
             parsed.add(image, number, str(label), box, line)
         else:
-            polygon = {JSON_TEXT: to_text([values])}
-            around = box_around(list(zip(values[::2], values[1::2], strict=True)))
+            polygon = {reading.JSON_TEXT: reading.to_text([values])}
+            around = reading.box_around(list(zip(values[::2], values[1::2], strict=True)))
             parsed.add(image, number, str(label), around, line, polygon)
     return parsed
 
 
 def _read_split(
-    split: str,
-    images: list[Path],
-    classes: ClassList,
-    tree: Tree,
-    texts: _Texts,
-    keypoints: bool,
+    split: str, images: list[Path], classes: reading.ClassList, texts: _Texts, keypoints: bool
 ) -> Dataset:
+    tree = texts.tree
     files = []
     problems = []
-    labels = {image: _label_of(image, tree, texts) for image in images}
+    labels = {image: texts.of(image) for image in images}
     owners: dict[Path, list[Path]] = {}
     for image, file in labels.items():
         if file is not None:
@@ -421,7 +392,7 @@ def _read_split(
             same = [other for other in owners[file] if texts.is_mirrored(other, file)]
             if same != [image]:
                 reason = f"{file.name} is the label of {len(owners[file])} images of this name"
-                problems.append(Problem("image-ambiguous", image, None, reason, DROPPED))
+                problems.append(Problem("image-ambiguous", image, None, reason, reading.DROPPED))
                 continue
         if file is None:
             parsed = LabelFile(image, images=[LabelImage(image.name, image.stem)], decimals=4)
@@ -438,16 +409,11 @@ def _read_split(
     for file in tree.with_suffix(".txt"):
         is_other = file.parent in parents and file not in owners and file.name not in _NAME_FILES
         if is_other and not tree.has_stem(file) and detect(file):
-            reason = f"labels {len(read_lines(file))} objects, but has no image {file.stem}.*"
+            reason = (
+                f"labels {len(reading.read_lines(file))} objects, but has no image {file.stem}.*"
+            )
             problems.append(Problem("image-missing", file, None, reason, "dropped"))
-    return build("yolo", split, files, classes, tree, problems=problems)
-
-
-def _label_of(image: Path, tree: Tree, texts: _Texts) -> Path | None:
-    if image.is_relative_to(tree.root):
-        return texts.of(image)
-    expected = texts.expected(image)
-    return expected if expected.is_file() else None
+    return reading.build("yolo", split, files, classes, tree, problems=problems)
 
 
 def write(writing: Writing) -> None:

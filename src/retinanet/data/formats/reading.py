@@ -40,6 +40,7 @@ ALL_FAULTY = "each of its objects is faulty"
 ENCLOSED = "the upright box around it is used"
 """The fix of a rotated box."""
 
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _TOLERANCE = 1e-3  # of fractions of an image
 _SAMPLE = 20  # files of a folder whose content is looked at to tell its format
 
@@ -57,7 +58,7 @@ def listed_names(tree: Tree, *names: str) -> tuple[Path, list[str]]:
 def read_text(file: Path) -> str:
     """Return the text of a file in UTF-8, UTF-16 with its mark, or Windows' cp1252."""
     content = file.read_bytes()
-    if _is_utf16(content):
+    if content.startswith(_UTF16_MARKS):
         return content.decode("utf-16", errors="replace")
     try:
         return content.decode("utf-8-sig")
@@ -76,10 +77,6 @@ def begins_with(file: Path, pattern: re.Pattern[bytes]) -> bool:
         return bool(pattern.search(stream.read(4096)))
 
 
-def _is_utf16(head: bytes) -> bool:
-    return head.startswith((b"\xff\xfe", b"\xfe\xff"))
-
-
 def is_compressed(file: Path) -> bool:
     """Whether a file is compressed by gzip, as ``labels.json.gz``."""
     return file.suffix.lower() == ".gz"
@@ -93,7 +90,7 @@ def json_has(file: Path, start: bytes, *alternatives: Sequence[bytes]) -> bool:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
             data: Any = gzip.decompress(mapped) if is_compressed(file) else mapped
-            if _is_utf16(data[:2]):
+            if data[:2] in _UTF16_MARKS:
                 data = data[:].decode("utf-16").encode()
             if not data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(start):
                 return False
@@ -385,29 +382,23 @@ def merge_classes(
         if name not in ids_by_name:
             similar.setdefault(name.strip().casefold(), []).append(name)
         ids_by_name.setdefault(name, []).append(id_)
-    problems = [
-        Problem(
-            "class-duplicate",
-            file,
-            None,
-            f"classes {', '.join(map(str, ids[:-1]))} and {ids[-1]} are "
-            f"{'all' if len(ids) > 2 else 'both'} named {name!r}",
-            f"merged into {ids[0]}; rename them to keep them apart",
-        )
-        for name, ids in ids_by_name.items()
-        if len(ids) > 1
-    ] + [
-        Problem(
-            "class-similar",
-            file,
-            None,
-            f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they are "
-            f"one class, give them one name",
-            "" if len(key) == 1 else "merged into that of the most objects",
-        )
-        for key, names in similar.items()
-        if len(names) > 1
-    ]
+    problems: list[Problem] = []
+    for name, ids in ids_by_name.items():
+        if len(ids) > 1:
+            every = "all" if len(ids) > 2 else "both"
+            reason = (
+                f"classes {', '.join(map(str, ids[:-1]))} and {ids[-1]} are {every} named {name!r}"
+            )
+            fix = f"merged into {ids[0]}; rename them to keep them apart"
+            problems.append(Problem("class-duplicate", file, None, reason, fix))
+    for key, names in similar.items():
+        if len(names) > 1:
+            reason = (
+                f"classes {' and '.join(map(repr, names))} differ only in case or blanks; if they "
+                f"are one class, give them one name"
+            )
+            fix = "" if len(key) == 1 else "merged into that of the most objects"
+            problems.append(Problem("class-similar", file, None, reason, fix))
     labels = {
         str(key): label
         for label, (name, ids) in enumerate(ids_by_name.items())
@@ -505,24 +496,20 @@ def find_tables(
     notes: list[str] = []
     groups = tree.group(files, by_name=True)
     kept: dict[str, list[Path]] = {}
-    known: set[Item] = set()  # of the other splits, for files without a split
     for split in sorted(groups, key=lambda name: name == ""):
+        # A file without a split may repeat those of the others.
+        before = [] if split else [file for group in kept.values() for file in group]
         group = groups[split]
-        if len(group) > 1 or (not split and len(groups) > 1):
-            if not split:
-                known = {
-                    item for of_split in kept.values() for f in of_split for item in items_of(f)
-                }
-            else:
-                known = set()
+        if before or len(group) > 1:
+            known: set[Item] = set().union(*map(items_of, before))
             whole = []
             for file in sorted(group, key=lambda file: -len(items_of(file))):
-                if items_of(file) and items_of(file) <= known:
-                    count_ = len(items_of(file))
-                    notes.append(f"{file}: the labels of its {count_} images are in others")
+                items = items_of(file)
+                if items and items <= known:
+                    notes.append(f"{file}: the labels of its {len(items)} images are in others")
                 else:
                     whole.append(file)
-                    known |= items_of(file)
+                    known |= items
             group = sorted(whole)
         if group:
             kept[split] = group
@@ -587,11 +574,19 @@ def build(
         built = _build_image(file, image, path, classes, sizes, listed, keep_extra=tree.extras)
         if image.has_faults:
             faulty.append(path)
-        if path in images:
-            images[path] = _merge_images(images[path], built, listed)
+        if path in images:  # objects of both entries, the same ones once
+            first = images[path]
+            known = {(item.label, item.box) for item in first.annotations}
+            more = tuple(a for a in built.annotations if (a.label, a.box) not in known)
+            images[path] = replace(first, annotations=first.annotations + more)
+            reason = (
+                f"listed as image {first.id} with {len(first.annotations)} objects and again as "
+                f"image {image.id} with {len(built.annotations)}"
+            )
+            listed.append(Problem("image-duplicate", path, image.id, reason, "merged"))
             continue
-        candidates = chain((image.id,), (f"{image.id}-{number}" for number in count(2)))
-        id_ = next(candidate for candidate in candidates if candidate not in ids)
+        numbered = (f"{image.id}-{number}" for number in count(2))
+        id_ = next(name for name in chain([image.id], numbered) if name not in ids)
         ids.add(id_)
         images[path] = built if id_ == image.id else replace(built, id=id_)
     for path in dict.fromkeys(faulty):  # after entries of the same image are merged
@@ -638,7 +633,15 @@ def _find_images(
     uses: dict[Path, list[tuple[int, LabelImage]]] = defaultdict(list)
     for file, image, match in wanted:
         if match.path is None and not match.several:
-            match = _find_by_stem(file, image, split, tree, folders, problems)
+            match = tree.find_image(image.paths, file.file, split, by_stem=True)
+            if match.path is not None and folders and match.path.parent not in folders:
+                match = Match(None)
+            if match.path is None and "%" in image.name and "://" not in image.name:
+                match = tree.find_image(map(unquote, image.paths), file.file, split)
+                if match.path is not None:
+                    reason = f"image {image.id}: no file is named {short(image.name)}"
+                    fix = f"{match.path.name} is used"
+                    problems.append(Problem("image-name-encoded", file.file, image.id, reason, fix))
         if match.several:
             first, second = (relative(path, tree.root) for path in match.several[:2])
             reason = (
@@ -670,27 +673,6 @@ def _find_images(
     return [item for item in found if id(item[1]) not in rejected]
 
 
-def _find_by_stem(
-    file: LabelFile,
-    image: LabelImage,
-    split: str,
-    tree: Tree,
-    folders: Counter[Path],
-    problems: list[Problem],
-) -> Match:
-    """Find an image with another extension, else by its percent-encoded name, a problem."""
-    match = tree.find_image(image.paths, file.file, split, by_stem=True)
-    if match.path is not None and folders and match.path.parent not in folders:
-        match = Match(None)
-    if match.path is None and "%" in image.name and "://" not in image.name:
-        match = tree.find_image(map(unquote, image.paths), file.file, split)
-        if match.path is not None:
-            reason = f"image {image.id}: no file is named {short(image.name)}"
-            used = f"{match.path.name} is used"
-            problems.append(Problem("image-name-encoded", file.file, image.id, reason, used))
-    return match
-
-
 def _expected_path(file: LabelFile, image: LabelImage, folders: Counter[Path]) -> Path:
     """Return the path, or the address, at which a missing image is reported."""
     if "://" in image.name:
@@ -699,20 +681,6 @@ def _expected_path(file: LabelFile, image: LabelImage, folders: Counter[Path]) -
     if name.is_absolute() or len(name.parts) == 1:
         return max(folders, key=folders.__getitem__, default=file.file.parent) / name.name
     return file.file.parent / name
-
-
-def _merge_images(
-    image: LabelledImage, other: LabelledImage, problems: list[Problem]
-) -> LabelledImage:
-    """Unite two entries of one file: objects of both, the same ones once."""
-    known = {(item.label, item.box) for item in image.annotations}
-    more = tuple(item for item in other.annotations if (item.label, item.box) not in known)
-    reason = (
-        f"listed as image {image.id} with {len(image.annotations)} objects and again as image "
-        f"{other.id} with {len(other.annotations)}"
-    )
-    problems.append(Problem("image-duplicate", image.path, other.id, reason, "merged"))
-    return replace(image, annotations=image.annotations + more)
 
 
 def _build_image(
