@@ -68,10 +68,13 @@ def two_level_network(num_classes: int = 2, **settings: Any) -> RetinaNet:
     """The network without P5 to P7: compilers take half the time for it."""
     model = tiny_network(num_classes, **settings)
     model.pyramid = TwoLevels(model.backbone.channels[-3:], model.spec.channels, "c5").eval()
-    model.strides = (8, 16)
-    model.anchors = anchor_spec(model.strides)
+    model.strides, own = (8, 16), model.anchors
+    model.anchors = anchor_spec(model.strides, scales=own.scales, aspect_ratios=own.aspect_ratios)
     return model
 
+
+ONE_ANCHOR: dict[str, Any] = {"scales": (1.0,), "aspect_ratios": (1.0,)}
+"""Per cell: the graph of a network with ``box_bins`` has some nodes for each side of an anchor."""
 
 QUICK_COMPILE = {
     "cpp.vec_isa_ok": False,
