@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from retinanet.anchors import anchor_spec
 from retinanet.model.backbone import BACKBONES
+from retinanet.model.heads import FeaturePyramid
 from retinanet.model.networks import Backbone
 from retinanet.model.retinanet import RetinaNet
 
@@ -53,3 +55,27 @@ def tiny_network(num_classes: int = 2, *, spread: bool = False, **settings: Any)
             if parameter.dim() > 1:
                 nn.init.kaiming_normal_(parameter)
     return model
+
+
+class TwoLevels(FeaturePyramid):
+    """P3 and P4 only."""
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return super().forward(maps)[:2]
+
+
+def two_level_network(num_classes: int = 2, **settings: Any) -> RetinaNet:
+    """The network without P5 to P7: compilers take half the time for it."""
+    model = tiny_network(num_classes, **settings)
+    model.pyramid = TwoLevels(model.backbone.channels[-3:], model.spec.channels, "c5").eval()
+    model.strides = (8, 16)
+    model.anchors = anchor_spec(model.strides)
+    return model
+
+
+QUICK_COMPILE = {
+    "cpp.vec_isa_ok": False,
+    "cpp_cache_precompile_headers": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+"""Settings of torch's inductor: without vector instructions, which take most of the compilation."""

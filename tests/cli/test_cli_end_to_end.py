@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from retinanet.data import read_splits
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import RetinaNetError
 from retinanet.matching import match_anchors
+from retinanet.paper.plan import Plan
+from retinanet.paper.results import Result
+from retinanet.paper.run import Workers
 from retinanet.structures import Targets
 from retinanet.training.data import recipe_anchors
 
@@ -273,6 +277,7 @@ def test_train_stopped_by_a_signal_saves_and_resumes(
 SMALL = ("train.steps=2", "train.batch_size=2", "data.image_size=64", "data.max_size=64")
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = {"train": 4, "val": 2}
     results = run_demo(tmp_path, images, SMALL, seed=0, device="cpu")
@@ -306,15 +311,14 @@ def test_demo_has_the_imbalance_of_the_paper(tmp_path: Path) -> None:
     assert len(dataset) * len(anchors) > 1000 * foreground
 
 
-def test_demo_ends_both_trainings_where_one_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = {
-        "endless": ("train.steps=100000",),
-        "without weights": ("model.backbone_weights=default",),
-    }
-    monkeypatch.setattr("retinanet.cli.demo.LOSSES", losses)
+def test_demo_ends_where_a_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other training is ended by ``run_plan``: tests/paper/test_run.py."""
+
+    def fail(plan: Plan, workers: Workers, on_end: Callable[..., None], *_: object) -> None:
+        assert workers.jobs == 2
+        on_end(plan.trainings[1], Result("failed", 0, None, "no memory"), False)
+
+    monkeypatch.setattr("retinanet.paper.run.run_plan", fail)
     monkeypatch.setattr("retinanet.data.cpus.usable_cpus", lambda: 2)
-    message = "training with without weights failed: there are no ImageNet weights of resnet10_half"
-    with pytest.raises(RetinaNetError, match=message):
-        run_demo(tmp_path, {"train": 4, "val": 2}, SMALL[1:], seed=0, device="cpu")
+    with pytest.raises(RetinaNetError, match="training with cross entropy failed: no memory"):
+        run_demo(tmp_path, {"train": 4, "val": 2}, SMALL, seed=0, device="cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -107,13 +106,9 @@ def test_naming_the_steps_takes_the_place_of_epochs() -> None:
     recipe = load_recipe("quick", ["train.steps=7"])
     assert (recipe.train.steps, recipe.train.epochs) == (7, None)
     assert load_recipe("quick", ["train.steps =7"]).train.steps == 7
-    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs each set the length"):
-        load_recipe("quick", ["train.steps=7", "train.epochs=2"])
-
-
-def test_load_recipe_epochs_before_steps_raises_config_error():
-    with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs each set the length"):
-        load_recipe("quick", ["train.epochs=3", "train.steps=4"])
+    for both in (["train.steps=7", "train.epochs=2"], ["train.epochs=3", "train.steps=4"]):
+        with pytest.raises(ConfigError, match=r"train\.steps and train\.epochs each set the len"):
+            load_recipe("quick", both)
 
 
 def test_alpha_goes_with_the_focal_loss() -> None:
@@ -231,11 +226,6 @@ def test_refused_files(tmp_path: Path) -> None:
         assert "mine.toml" in str(error.value)
 
 
-def test_errors_say_where(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^run\.json: unknown setting 'loss\.gama'"):
-        build_recipe({"loss": {"gama": 2}}, "run.json")
-
-
 def test_other_tools_names_are_of_settings_that_exist() -> None:
     from retinanet import config
 
@@ -289,11 +279,6 @@ def test_toml_of_unusual_settings_reads_back(settings: list[str]) -> None:
 def test_toml_of_unusual_names_reads_back(name: str) -> None:
     recipe = Recipe(name=name)
     assert build_recipe(tomllib.loads(to_toml(recipe)), "back").name == name
-
-
-def test_toml_keeps_every_digit() -> None:
-    recipe = load_recipe("quick", [f"train.lr={math.pi / 1000!r}"])
-    assert build_recipe(tomllib.loads(to_toml(recipe)), "back").train.lr == math.pi / 1000
 
 
 def test_mining_alone_is_of_plain_cross_entropy() -> None:

@@ -127,44 +127,7 @@ def test_sum_error_does_not_grow_with_number_of_elements(logit: float) -> None:
         assert float(loss) == pytest.approx(expected, rel=2e-6)
 
 
-@pytest.mark.parametrize("y", [1, -1])
-def test_derivatives_of_appendix_b(y: int) -> None:
-    x = torch.linspace(-8, 8, 33, dtype=torch.float64)[:, None].requires_grad_()
-    labels = torch.full((33,), 0 if y == 1 else BACKGROUND)
-    p_t = torch.sigmoid(y * x.detach())
-    gamma, beta = 2.0, 1.0
-    expected = {
-        cross_entropy: y * (p_t - 1),
-        focal_loss: y * (1 - p_t) ** gamma * (gamma * p_t * p_t.log() + p_t - 1),
-        focal_loss_star: y * (torch.sigmoid(gamma * y * x.detach() + beta) - 1),
-    }
-    options: dict[Any, dict[str, float]] = {
-        cross_entropy: {},
-        focal_loss: {"gamma": gamma},
-        focal_loss_star: {"gamma": gamma, "beta": beta},
-    }
-    for function, derivative in expected.items():
-        loss = function(x, labels, alpha=None, **options[function])
-        (gradient,) = torch.autograd.grad(loss, x)
-        assert_close(gradient, derivative)
-
-
 # --- hand numbers ---------------------------------------------------------------------------
-
-
-def test_focal_loss_by_hand() -> None:
-    # p = .9 (logit ln 9), label 0 of 2; the other class p = .25 (logit -ln 3) is background
-    logits = torch.tensor([[math.log(9), -math.log(3)]], dtype=torch.float64)
-    # .25 * .1^2 * -ln .9 + .75 * .25^2 * -ln .75
-    expected = 0.25 * 0.01 * 0.1053605 + 0.75 * 0.0625 * 0.2876821
-    assert float(focal_loss(logits, torch.tensor([0]))) == pytest.approx(expected, rel=1e-6)
-    each = focal_loss(logits, torch.tensor([0]), reduction="none")
-    assert_close(
-        each,
-        torch.tensor([[0.25 * 0.01 * 0.1053605, 0.75 * 0.0625 * 0.2876821]]).double(),
-        rtol=1e-6,
-        atol=0,
-    )
 
 
 @pytest.mark.parametrize("function", [quality_focal_loss, varifocal_loss])

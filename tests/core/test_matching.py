@@ -285,19 +285,6 @@ def test_all_images_at_once_is_image_by_image_to_the_bit(
         assert torch.equal(found, expected)
 
 
-def test_low_quality_matches_of_objects_that_fit_no_anchor() -> None:
-    """Each has its best anchors all the same, though their IoU is far under every threshold."""
-    anchors = small_grid()
-    side = torch.linspace(2, 20, 200)
-    corner = torch.rand(200, 2, generator=torch.Generator().manual_seed(1)) * 300
-    boxes = torch.cat((corner, corner + torch.stack((side, 200 / side), dim=1)), dim=1)
-    iou = box_iou(boxes, anchors)
-    assert iou.max() < 0.5
-    target = Targets(boxes[None], torch.zeros(1, 200, dtype=torch.int64))
-    found = match_anchors(anchors, target, low_quality_matches=True)
-    assert_close(found[0], Matcher(0.5, 0.4, True)(iou))
-
-
 @pytest.mark.parametrize("low_quality_matches", [False, True])
 def test_off_the_cpu_no_value_is_looked_at(low_quality_matches: bool) -> None:
     """A tensor on the meta device has none: looking raises."""

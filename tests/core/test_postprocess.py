@@ -82,14 +82,6 @@ def test_nms_keeps_the_better_of_a_class(nms_threshold: float, kept: list[float]
     assert_close(found.scores, torch.tensor(kept))
 
 
-def test_nms_keeps_classes_and_images_apart() -> None:
-    scores = {(0, 0, 1, 1): 0.8, (0, 1, 1, 1): 0.9, (1, 0, 1, 1): 0.7}
-    first, second = run(outputs_of(scores, images=2))
-    assert first.labels.tolist() == [1, 0]
-    assert_close(first.scores, torch.tensor([0.9, 0.8]))
-    assert_close(second.scores, torch.tensor([0.7]))
-
-
 def test_class_agnostic_nms() -> None:
     scores = {(0, 0, 1, 1): 0.8, (0, 1, 1, 1): 0.9, (1, 0, 1, 1): 0.7}
     first, second = run(outputs_of(scores, images=2), class_agnostic_nms=True)
@@ -109,40 +101,6 @@ def test_postprocess_selected_classes_are_as_if_there_were_no_others() -> None:
     (every,) = run(outputs_of(scores))
     assert_close(both.boxes, every.boxes)
     assert torch.equal(both.labels, every.labels)
-
-
-def test_best_come_first_and_the_rest_is_dropped() -> None:
-    scores = {(0, 0, 0, column): 0.5 + column / 10 for column in range(4)}
-    scores |= {(0, 1, 3, 0): 0.55}
-    (found,) = run(outputs_of(scores), nms_threshold=1.0)
-    assert_close(found.scores, torch.tensor([0.8, 0.7, 0.6, 0.55, 0.5]))
-    (found,) = run(outputs_of(scores), nms_threshold=1.0, detections_per_image=3)
-    assert_close(found.scores, torch.tensor([0.8, 0.7, 0.6]))
-
-
-def test_topk_is_per_level_and_image() -> None:
-    scores = {(0, 0, 0, column): 0.5 + column / 10 for column in range(4)}
-    scores |= {(1, 1, 0, column): 0.9 - column / 10 for column in range(3)}
-    one = outputs_of(scores, images=2)
-    both = Outputs(one.logits * 2, one.deltas * 2)
-    first, second = postprocess(
-        both,
-        ANCHORS * 2,
-        torch.tensor([[32, 32]] * 2),
-        num_classes=2,
-        topk_candidates=2,
-        nms_threshold=1.0,
-    )
-    assert_close(first.scores, torch.tensor([0.8, 0.8, 0.7, 0.7]))
-    assert_close(second.scores, torch.tensor([0.9, 0.9, 0.8, 0.8]))
-
-
-def test_boxes_are_clipped_to_each_image() -> None:
-    outputs = outputs_of({(0, 0, 3, 3): 0.9, (1, 0, 3, 3): 0.9}, images=2)
-    sizes = torch.tensor([[30, 28], [20, 18]])  # height, width
-    first, second = postprocess(outputs, ANCHORS, sizes, num_classes=2)
-    assert_close(first.boxes, torch.tensor([[16.0, 16.0, 28.0, 30.0]]))
-    assert_close(second.boxes, torch.tensor([[16.0, 16.0, 18.0, 20.0]]))
 
 
 def test_nothing_found() -> None:
@@ -273,17 +231,6 @@ def test_the_rest_of_a_row_with_a_nan_is_found() -> None:
     outputs.logits[0][0, 1, 0, 0] = float("nan")
     (found,) = run(outputs)
     assert_close(found.scores, torch.tensor([0.9]))
-
-
-def test_images_do_not_mix() -> None:
-    outputs, anchors, sizes = random_outputs()
-    together = postprocess(outputs, anchors, sizes, num_classes=7)
-    for i, found in enumerate(together):
-        part = slice(i, i + 1)
-        own = Outputs(*(tuple(level[part] for level in levels) for levels in outputs))
-        (alone,) = postprocess(own, anchors, sizes[part], num_classes=7)
-        for name in ("boxes", "scores", "labels"):
-            assert_close(getattr(found, name), getattr(alone, name), rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -145,16 +145,6 @@ def test_soft_nms_by_hand() -> None:
     assert len(found) == 2
 
 
-def test_fusion_by_hand() -> None:
-    # An IoU of 80 / 120; weights .8 and .4.
-    pair = candidates_of((0, 0, 10, 10, 0.8), (2, 0, 12, 10, 0.4), (50, 50, 60, 60, 0.3))
-    (found,) = merge(pair, nms="wbf", nms_threshold=0.6)
-    assert_close(found.boxes, torch.tensor([[2 / 3, 0, 10 + 2 / 3, 10], [50.0, 50, 60, 60]]))
-    assert found.scores.tolist() == pytest.approx([0.8, 0.3])
-    (found,) = merge(pair, nms="wbf", nms_threshold=0.7)
-    assert_close(found.boxes[:2], pair.boxes[:2])
-
-
 @pytest.mark.parametrize("nms", NMS_KINDS)
 def test_merge_candidates_class_agnostic_merges_across_classes(nms: str) -> None:
     first, second = candidates_of((0, 0, 10, 10, 0.9)), candidates_of((0, 0, 10, 10, 0.8), label=2)

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from torch import Tensor
 
-from retinanet.anchors import anchor_spec
 from retinanet.cli.app import main
 from retinanet.data.images import read_image
 from retinanet.errors import ConfigError, DataError, MissingExtraError, WeightsError
@@ -25,10 +22,9 @@ from retinanet.exporters.run import SUFFIXES, calibration_inputs, export
 from retinanet.exporters.validate import TOLERANCES, Tolerance, compare, match, validate_file
 from retinanet.inference import Detector, load
 from retinanet.model.checkpoint import Checkpoint, save_checkpoint
-from retinanet.model.heads import FeaturePyramid
 from retinanet.report.loss_distribution import loss_distribution
 from retinanet.structures import Detections
-from tiny_backbone import tiny_network
+from tiny_backbone import QUICK_COMPILE, two_level_network
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -104,10 +100,11 @@ def test_exported_file_gives_the_detections_of_the_network(
             assert got.labels.tolist() == want.labels.tolist()
 
 
+@pytest.mark.slow
 def test_exported_file_of_distributions_gives_the_detections_of_the_network(
     checkpoint: Checkpoint, tmp_path: Path, images: Path
 ) -> None:
-    model = tiny_network(3, spread=True, norm="frozen", box_bins=8)
+    model = two_level_network(3, spread=True, norm="frozen", box_bins=8)
     model.class_head.load_state_dict(checkpoint.model.class_head.state_dict())
     given = replace(checkpoint, model=model)
     report = export(given, "onnx", out=tmp_path / "m.onnx", images=2, tolerance=WIDE)
@@ -301,14 +298,20 @@ def test_export_validates_the_file(
 
 
 def test_export_of_some_classes_detects_these_only(
-    checkpoint: Checkpoint, eager: Detector, images: Path, tmp_path: Path
+    checkpoint: Checkpoint, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = export(
-        checkpoint, "torch", out=tmp_path / "m.pt2", form="scores", classes=["c", "ä"], images=2
-    )
-    assert report.passed
-    some = load(tmp_path / "m.pt2", device="cpu")
-    assert (some.classes, some.category_ids) == (("ä", "c"), (7, 11))
+    written: list[Any] = []
+
+    def stop(some: Detector, draft: Path, text: str, *, compiled: bool) -> None:
+        written[:] = some, json.loads(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retinanet.exporters.run.export_program", lambda some, *_: some)
+    monkeypatch.setattr("retinanet.exporters.run.write_torch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint, "torch", out=tmp_path / "m.pt2", classes=["c", "ä"])
+    some, text = written
+    assert (text["classes"], text["category_ids"]) == (["ä", "c"], [7, 11])
     expected = Detector(checkpoint, device="cpu", precision="float32", classes=["ä", "c"])
     pairs = list(zip(some.detect(images), expected.detect(images), strict=True))
     assert sum(len(own) for own, _ in pairs) > 10
@@ -482,27 +485,16 @@ def test_int8_is_not_calibrated_on_validation_images(
     assert calls == [{"split": "train", "extras": False, "seed": 5, "val_fraction": 0.3}]
 
 
-class TwoLevels(FeaturePyramid):
-    """P4 and P5 only: compiling five levels takes more than twice as long."""
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return super().forward(maps[1:])[:2]
-
-
 @pytest.mark.slow
 def test_aotinductor(checkpoint: Checkpoint, tmp_path: Path, images: Path) -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler")
-    torch.manual_seed(0)
-    model = copy.deepcopy(checkpoint.model)
-    model.pyramid = TwoLevels(model.backbone.channels[-2:], model.spec.channels, "c5")
-    model.strides = (16, 32)
-    model.anchors = anchor_spec(model.strides)
-    # Without vector instructions: most of the compilation simplifies the strides of vectors.
-    quick = {"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}
-    with torch._inductor.config.patch(quick):
+    model = two_level_network(3, spread=True, norm="frozen")
+    for name in ("class_head", "box_head"):
+        getattr(model, name).load_state_dict(getattr(checkpoint.model, name).state_dict())
+    with torch._inductor.config.patch(QUICK_COMPILE):
         report = export(
-            replace(checkpoint, model=model.eval()),
+            replace(checkpoint, model=model),
             "aotinductor",
             out=tmp_path / "m.pt2",
             image_size=160,

@@ -109,20 +109,6 @@ def test_coco_results_of_equal_stems_have_different_ids(tmp_path: Path) -> None:
     assert ids == [139, "0139.png", "a", "a.png", "a.png-2"]
 
 
-def test_coco_results_are_read_by_pycocotools(tmp_path: Path) -> None:
-    coco = pytest.importorskip("pycocotools.coco")
-    truth = coco.COCO()
-    truth.dataset = {
-        "images": [{"id": 139, "height": 40, "width": 20}],
-        "categories": [{"id": 17}, {"id": 90}],
-        "annotations": [],
-    }
-    truth.createIndex()
-    write(tmp_path, ["coco"], found("139.png", boxes=TWO))
-    loaded = truth.loadRes(str(tmp_path / "coco_results.json"))
-    assert [one["area"] for one in loaded.dataset["annotations"]] == [200, 800]
-
-
 def test_csv(tmp_path: Path) -> None:
     write(tmp_path, ["csv"], found("x/a.png", boxes=TWO), FAILURE, found(boxes=()))
     with (tmp_path / "detections.csv").open(encoding="utf-8", newline="") as file:

@@ -421,7 +421,7 @@ def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stride_padding"),
-    [("resnet18", "same"), ("resnet50", "symmetric"), ("mobilenet_v2", "same")],
+    [("resnet10_half", "same"), ("resnet50", "symmetric"), ("mobilenet_v2", "same")],
 )
 def test_frozen_norm_in_the_convolutions_is_frozen_norm(name: str, stride_padding: str) -> None:
     """Maps and gradients are those of batch norm in eval mode; names of weights stay."""

@@ -14,7 +14,7 @@ from torch import nn
 import retinanet as rn
 from retinanet.model.checkpoint import transfer_weights
 from retinanet.model.fused import fused_copy
-from tiny_backbone import tiny_network
+from tiny_backbone import tiny_network, two_level_network
 
 BINS = 16
 IMAGES = torch.randint(
@@ -121,7 +121,7 @@ def test_own_head_has_the_outputs_of_all_bins() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_bins_are_detected_like_deltas(compiled: bool) -> None:
     """Post-processing, mirrored images and loss take the outputs of any box head."""
-    model = tiny_network(2, spread=True, box_bins=BINS)
+    model = two_level_network(2, spread=True, box_bins=BINS)
     call: Any = torch.compile(model, backend="eager") if compiled else model
     outputs: rn.Outputs = call(IMAGES)
     plain = model(IMAGES)

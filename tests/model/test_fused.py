@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-import retinanet as rn
-from retinanet.model import Checkpoint, norms
 from retinanet.model import fused as fused_module
+from retinanet.model import norms
 from retinanet.model.backbone import OwnBackbone
 from retinanet.model.fused import FusedConv2d, can_pack, fused_copy
 from retinanet.model.networks import Backbone
@@ -33,7 +30,12 @@ PACK = [
 def network(**settings: Any) -> RetinaNet:
     """A small network whose batch norm is not that of its start, and whose heads say something."""
     torch.manual_seed(0)
-    given = {"backbone": "resnet18", "num_classes": 3, "channels": 16, "head_depth": 2} | settings
+    given = {
+        "backbone": "resnet10_half",
+        "num_classes": 3,
+        "channels": 16,
+        "head_depth": 2,
+    } | settings
     model = RetinaNet(**given).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -93,7 +95,7 @@ def assert_same(model: RetinaNet, fused: RetinaNet, images: Tensor, tolerance: f
         {"backbone": "timm/tf_efficientnet_lite0"},
         {"backbone": "timm/convnext_atto"},
     ],
-    ids=lambda one: "-".join(map(str, one.values())) or "resnet18",
+    ids=lambda one: "-".join(map(str, one.values())) or "resnet10_half",
 )
 def test_says_what_the_network_says(settings: dict[str, Any], pack: bool) -> None:
     if str(settings.get("backbone")).startswith("timm/"):
@@ -381,7 +383,7 @@ def test_fused_copy_keeps_padding_outside_the_backbone(
     settings: dict[str, Any], pack: bool
 ) -> None:
     model = network()
-    model.pyramid.lateral[0] = nn.Conv2d(128, 16, 3, **settings)
+    model.pyramid.lateral[0] = nn.Conv2d(64, 16, 3, **settings)
     fused = fused_copy(model, torch.float32, pack=pack)
     for _ in range(3):
         assert_same(model, fused, random_images(1, 3, 64, 96), 2e-5)
@@ -411,38 +413,15 @@ def test_several_threads_run_one_network() -> None:
         sys.setswitchinterval(interval)
 
 
-def copy_by_pickle(value: Any) -> Any:
-    return pickle.loads(pickle.dumps(value))
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle])
-def test_fused_network_copied_after_packing_gives_same_outputs(
-    duplicate: Callable[[Any], Any],
-) -> None:
+def test_fused_network_copied_after_packing_gives_same_outputs() -> None:
     model = network()
     fused = fused_copy(model, torch.float32)
     images = random_images(1, 3, 64, 64)
     for _ in range(3):
         fused(images)
-    duplicated = duplicate(fused)
-    for _ in range(3):
-        assert_same(model, duplicated, images, 2e-5)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy_by_pickle])
-def test_detector_copied_after_detection_gives_same_detections(
-    duplicate: Callable[[Any], Any],
-) -> None:
-    checkpoint = Checkpoint(network(), ("a", "b", "c"), (1, 2, 3), 64, 96)
-    detector = rn.Detector(checkpoint, device="cpu", score_threshold=0.01)
-    image = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
-    for _ in range(3):
-        expected = detector.detect(image)
-    duplicated = duplicate(detector)
-    result = duplicated.detect(image)
-    assert len(expected.scores) > 0
-    for name in ("boxes", "scores", "labels"):
-        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), atol=1e-4)
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        for _ in range(3):
+            assert_same(model, copied, images, 2e-5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish"])

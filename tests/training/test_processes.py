@@ -32,7 +32,6 @@ ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(I
 BY_SHARDS = ("data.order=shards", "data.shard_window=2", "train.save_every=2")
 LOSSES = (
     ("loss.normalizer=image",),
-    ("loss.normalizer=batch",),
     ("loss.normalizer=running",),
     (
         "matching.assignment=task_aligned",

@@ -118,9 +118,9 @@ def test_train_interrupted_and_resumed_equals_uninterrupted(
     """Fused kernels traverse weights and moments in memory order, so their strides must agree."""
     if ahead:
         request.getfixturevalue("as_on_a_gpu")
-    # The weights of depthwise convolutions have ambiguous strides.
-    backbone = "model.backbone=mobilenet_v2"
-    recipe = tiny_recipe("train.steps=6", "train.validate_every=3", backbone, *settings)
+        # The weights of depthwise convolutions have ambiguous strides.
+        settings = (*settings, "model.backbone=mobilenet_v2")
+    recipe = tiny_recipe("train.steps=6", "train.validate_every=3", *settings)
     whole = train(recipe, tiny_data, tmp_path / "whole", device="cpu")
 
     def interrupt(event: Event) -> None:
