@@ -151,7 +151,7 @@ def start_at_anchors(head: Head, bins: int) -> None:
     that of the one before, such that the mean is 2 (:func:`retinanet.boxes.side_distances`).
     A head of one's own starts as it was built.
     """
-    values = torch.arange(bins + 1, dtype=torch.float64)
+    values = torch.arange(bins + 1, dtype=torch.float64, device="cpu")  # also of a meta model
     low, high = -10.0, 10.0  # logarithm of the constant; the mean grows with it
     for _ in range(50):
         middle = (low + high) / 2
