@@ -341,7 +341,7 @@ class DataConfig(_Section):
     close_augmentation: float = Field(0.05, ge=0, le=1)  # last share without mixing; YOLOX: 15/300
     transform: str | None = None  # MODULE:FUNCTION of your own, applied last
     any_corner: bool = False  # pad at random sides, not only right and below
-    aspect_ratio_grouping: bool = True  # images of a step of similar height / width (Detectron)
+    aspect_ratio_grouping: bool = True  # images of a batch are of similar shape (Detectron)
     order: Literal["images", "shards"] = "images"  # shards: a few at a time, for slow disks
     shard_window: int = Field(4, ge=1)  # shards shuffled together
     workers: int | Literal["auto"] = "auto"  # processes that load images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,7 @@ import random
 import signal
 import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -352,6 +354,31 @@ def test_what_travels_to_workers_is_small(tmp_path: Path) -> None:
     size = len(pickle.dumps(loader.dataset))
     # Per object four float32 and an int64; per image a path, and little else.
     assert size < 1000 * (10 * 24 + len(bytes(images[0].path)) + 50) + 6000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"workers": -1}, "workers -1"),
+        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"rank": -1}, "rank -1"),
+    ],
+)
+def test_numbers_out_of_range(dataset: Dataset, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training(dataset, **changes)
+
+
+def test_a_closed_loader_frees_the_images_that_it_cached(dataset: Dataset) -> None:
+    loader = train_loader(dataset, batch_size=4, steps=4, cache="ram", **PLAIN_64)
+    list(loader)
+    cache = weakref.ref(loader.dataset.images.cache)  # type: ignore[attr-defined]
+    assert cache() is not None
+    loader.close()
+    del loader
+    gc.collect()
+    assert cache() is None
 
 
 def test_empty_data(tmp_path: Path) -> None:

@@ -396,7 +396,7 @@ def test_faults_of_a_shard(
         (label(id=[1]), "label-unreadable", '"id" is neither number nor text but [1]'),
         (label(extra=1), "label-unreadable", '"extra" is no object but 1'),
         (label({"class": "cat"}), "box-not-a-number", "object 0 (cat): box None: not four numbers"),
-        (label({"box": [1, 2, 3, 4]}), "class-unknown", "object 0 has no class"),
+        (label({"box": [1, 2, 3, 4]}), "class-unknown", "object 0: its class is None, not a name"),
         (label(CAT, 7), "label-unreadable", 'object 1: is 7, not {"class": "cat", "box": [x1, y1'),
     ],
 )

@@ -105,15 +105,17 @@ def test_cumulative_share_by_hand() -> None:
     assert np.isnan(cumulative_share(np.zeros(3), np.array([0.5]))).all()
 
 
-def test_anchor_losses_by_hand() -> None:
+def test_anchor_losses_by_hand_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     labels = torch.tensor([0, 1, 2, BACKGROUND, BACKGROUND, 0, 1, 2, BACKGROUND])
     expected = [
         [by_hand(row, label, gamma) for gamma in GAMMAS]
         for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
-    losses = anchor_losses(logits, labels, GAMMAS)
-    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
+    for chunk in (2**22, 7):
+        monkeypatch.setattr("retinanet.report.loss_distribution.CHUNK", chunk)
+        losses = anchor_losses(logits, labels, GAMMAS)
+        torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
     assert anchor_losses(logits[:0], labels[:0], GAMMAS).shape == (0, 4)
 
 

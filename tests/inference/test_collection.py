@@ -124,6 +124,14 @@ def test_collection_broken_images_are_in_the_errors_table(
     assert json.loads(Path("out/summary.json").read_text()) == summary.to_dict()
 
 
+def test_collection_output_that_cannot_be_written_is_named(
+    ray: InProcessRay, model: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/out cannot be written to: "):
+        detect(model, str(images), tmp_path / "file/out")
+
+
 def test_collection_of_tar_files_and_globs_matches_the_local_engine(
     ray: InProcessRay, model: Path, images: Path, tmp_path: Path
 ) -> None:

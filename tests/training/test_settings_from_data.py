@@ -229,16 +229,26 @@ def test_without_a_gpu_the_network_is_small() -> None:
 def test_without_a_gpu_few_steps_are_of_half_the_images() -> None:
     # 24 epochs of 499 and 500 images are 1497 and 1500 steps of 8.
     batch = {"train.batch_size": 4, "train.min_steps": 800}
-    assert batch.items() <= chosen(squares(100, 1, images=499)).items()
+    found = chosen(squares(100, 1, images=499))
+    assert found["train.batch_size"] == 4
+    assert "train.min_steps" not in found
     assert not batch.keys() & chosen(squares(100, 1, images=500)).keys()
     few = squares(100, 3)
+    assert batch.items() <= chosen(few).items()
     recipe = load_recipe("quick")
     assert resolve_steps(20, recipe.choose(chosen(few)).train) == 800
     assert not batch.keys() & chosen(few, on_gpu=True).keys()
     assert not batch.keys() & chosen(few, "train.batch_size=8").keys()
     assert not batch.keys() & chosen(few, "train.steps=100").keys()
-    assert not batch.keys() & chosen(few, batch_multiple=8).keys()  # an image each
+    assert not batch.keys() & chosen(few, processes=8).keys()  # an image each
+    assert not batch.keys() & chosen(few, "train.accumulate=8").keys()
     assert not batch.keys() & chosen(few, "train.time=100").keys()  # the plan decides
+    # The limits of the steps would take images away.
+    assert not batch.keys() & chosen(few, "train.max_steps=500").keys()
+    assert not batch.keys() & chosen(few, "train.min_steps=1000").keys()
+    limited = squares(100, 1, images=400)  # 1200 steps
+    assert "train.batch_size" in chosen(limited)
+    assert not batch.keys() & chosen(limited, "train.max_steps=1300").keys()
 
 
 def test_backbone_follows_from_its_weights(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from retinanet.batch.inputs import is_archive, list_inputs
 from retinanet.batch.store import Store
 from retinanet.batch.worker import METADATA, PLAN, ShardDetector, Work, shard_file
 from retinanet.config import check_choice
-from retinanet.data.archives import is_remote
+from retinanet.data.archives import is_remote, one_line
 from retinanet.errors import ConfigError, DataError, MissingExtraError
 from retinanet.inference.backends import Backend
 from retinanet.inference.detector import Detector, load
@@ -226,11 +226,14 @@ def _identity(
 
 def _check_plan(store: Store, plan: dict[str, Any]) -> int:
     """Compare with the folder's plan, or write it; returns the size of the folder's shards."""
-    if not store.names():
-        size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
-        plan = {**plan, "shard_size": plan["shard_size"] or size}
-        store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
-        return int(plan["shard_size"])
+    try:
+        if not store.names():
+            size = min(_MAX_SHARD, max(_MIN_SHARD, -(-plan["inputs"] // _SHARDS)))
+            plan = {**plan, "shard_size": plan["shard_size"] or size}
+            store.write(PLAN, json.dumps(plan, indent=2, ensure_ascii=False) + "\n")
+            return int(plan["shard_size"])
+    except OSError as error:
+        raise DataError(f"{store.address} cannot be written to: {one_line(error)}") from None
     try:
         with store.open(PLAN) as file:
             old = dict(json.load(file))

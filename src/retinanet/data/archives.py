@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -214,17 +214,26 @@ def fetch_remote(files: Sequence[str | Member]) -> list[str | Member]:
 def members_of(archive: str) -> Mapping[str, Member]:
     """Return the members of an archive by name, in its order; of a repeated name the last."""
     if is_remote(archive):
-        return _members(archive, ())
+        return _remote_members(archive)
     try:
         stat = os.stat(archive)
     except OSError as error:
         raise DataError(f"{archive}: cannot be read: {error.strerror}") from None
-    return _members(archive, (stat.st_size, stat.st_mtime_ns))
+    return _local_members(archive, (stat.st_size, stat.st_mtime_ns))
 
 
-@cache  # without a limit: a remote archive would be fetched whole again
-def _members(archive: str, stamp: tuple[int, ...]) -> Mapping[str, Member]:
-    """Read the headers of an archive; `stamp` changes with a local one."""
+@cache  # without a limit: it would be fetched whole again
+def _remote_members(archive: str) -> Mapping[str, Member]:
+    return _members(archive)
+
+
+@lru_cache(maxsize=256)
+def _local_members(archive: str, stamp: tuple[int, int]) -> Mapping[str, Member]:
+    """Read the headers of a file; `stamp` changes with it."""
+    return _members(archive)
+
+
+def _members(archive: str) -> Mapping[str, Member]:
     try:
         with (
             accessing(archive) as (files, path),

@@ -12,7 +12,7 @@ from retinanet.config import nearest
 from retinanet.data import archives
 from retinanet.data.dataset import Dataset, LabelledImage
 from retinanet.data.finder import can_be_a_file
-from retinanet.data.formats import FORMATS, WRITABLE, read_splits
+from retinanet.data.formats import FORMATS, WRITABLE, find_data, read_splits
 from retinanet.data.formats.writing import SHARD_SIZE, Placing, Writing, new_folder, size_of
 from retinanet.errors import ConfigError, DataError, ImageError
 
@@ -92,6 +92,7 @@ def write(writing: Writing, to: str) -> Written:
     assert write_format is not None, f"{to} cannot be written"  # callers check WRITABLE
     with new_folder(target, {dataset.source for dataset in splits.values()}) as draft:
         write_format(replace(writing, folder=draft))
+        _verify(draft, to, splits)
     return Written(
         target,
         to,
@@ -100,6 +101,29 @@ def write(writing: Writing, to: str) -> Written:
         {name: dataset.split_origin for name, dataset in splits.items()},
         dict(+writing.lost),
     )
+
+
+def _verify(folder: Path, to: str, splits: Mapping[str, Dataset]) -> None:
+    """Read a written folder back and compare images and boxes."""
+    written = find_data(folder, to).splits
+    for name, dataset in splits.items():
+        # YOLO cannot mark objects that are ignored, and they are left out.
+        kept = [
+            a for i in dataset.images for a in i.annotations if not (to == "yolo" and a.ignored)
+        ]
+        found = written[name]() if name in written else replace(dataset, images=())
+        if any(problem.kind == "image-unreadable" for problem in found.problems):
+            continue  # an image of the source that cannot be decoded: its boxes are not read
+        boxes = [a.box for image in found.images for a in image.annotations]
+        if len(found) != len(dataset) or len(boxes) != len(kept):
+            raise DataError(
+                f"{name}: {len(dataset)} images with {len(kept)} objects were written as {to}, but "
+                f"{len(found)} with {len(boxes)} are read back"
+                f"{': ' + found.problems[0].reason if found.problems else ''}; nothing is kept"
+            )
+        pairs = zip(sorted(a.box for a in kept), sorted(boxes), strict=True)
+        if any(abs(a - b) > 0.01 for pair in pairs for a, b in zip(*pair, strict=True)):
+            raise DataError(f"{name}: boxes differ after writing them as {to}; nothing is kept")
 
 
 def _writable(dataset: Dataset, lost: Counter[str]) -> Dataset:

@@ -6,8 +6,8 @@ rank r takes its own B. Every choice is drawn from (seed, epoch, image) or (seed
 depends neither on the step at which the loader was started nor on the number of workers, and the
 images of a step do not depend on how many processes share them. With ``data.balance`` the images
 of an epoch are drawn from (seed, epoch), rare classes more often (:mod:`retinanet.data.balance`).
-With ``data.aspect_ratio_grouping`` a step has images of similar height / width, which need little
-padding; its steps are shuffled like images otherwise.
+With ``data.aspect_ratio_grouping`` a batch has images of similar height / width, which need little
+padding.
 The images that a mosaic, copy-paste or mixup adds to an image (:mod:`retinanet.data.augment`) are
 drawn from its epoch, by its generator.
 
@@ -26,8 +26,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ _TRANSFORM_SETTINGS = (  # of the same name in DataConfig
     *("horizontal_flip", "vertical_flip", "scale_jitter", "crop"),
     *("rotation", "shear", "translate", "colour", "erase"),
 )
+
+_SORTED_BATCHES = 16  # sorted by aspect ratio together
 
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
 
@@ -225,8 +227,9 @@ def train_loader(
             With the order ``shards`` the shards are shuffled, and the images of ``shard_window``
             shards at a time are shuffled together.
             With ``balance`` an epoch has :func:`~retinanet.data.balance.epoch_size` images.
-            With ``aspect_ratio_grouping`` the images of a step have similar aspect ratios, and with
-            ``rotate90`` all or none of them are turned by 90 or 270 degrees.
+            With ``aspect_ratio_grouping`` the images of a batch have similar aspect ratios; those
+            whose size the labels do not state count as square. With ``rotate90`` all images of a
+            batch are rotated by 0 or 180 degrees, or all by 90 or 270.
         batch_size: images per batch and process. May exceed the data set: epochs follow each other
             without a gap.
         steps: the numbers of the batches, such as ``range(start_step, end)`` of a resumed run. The
@@ -243,7 +246,7 @@ def train_loader(
         A batch per step. Ignored annotations have the label IGNORED; boxes are clipped to the
         image, and dropped if nothing is left. Each process pads to the largest of its own images.
     """
-    _check_images(dataset)
+    _check(dataset, batch_size, workers, rank, world_size)
     cache, message = build_cache(dataset, config.cache)
     end = torch.tensor(steps.stop).share_memory_()  # type: ignore[no-untyped-call]
     batches = _TrainBatches(
@@ -284,7 +287,7 @@ def eval_loader(
     errors are those of :func:`train_loader`; an unreadable image is left out, and the last batch
     may be smaller.
     """
-    _check_images(dataset)
+    _check(dataset, batch_size, workers, rank, world_size)
     batches = _EvalBatches(
         _Images(dataset), Transform(max_size), batch_size, image_size, tuple(fill)
     )
@@ -292,9 +295,15 @@ def eval_loader(
     return BatchLoader(batches, numbers, workers, len(dataset), on_unreadable)
 
 
-def _check_images(dataset: Dataset) -> None:
+def _check(dataset: Dataset, batch_size: int, workers: int, rank: int, world_size: int) -> None:
     if not len(dataset):
         raise ValueError(f"split {dataset.split!r} of {dataset.source} has no image")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not 1 or more")
+    if workers < 0:
+        raise ValueError(f"workers {workers} is not 0 or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in 0..world_size - 1 ({world_size - 1})")
 
 
 def default_workers() -> int:
@@ -397,6 +406,7 @@ class _TrainBatches(TorchDataset[Any]):
     repeats: RepeatFactors | None
     function: UserTransform | None
     end: Tensor
+    orders: dict[int, Sequence[int]] = field(default_factory=dict)  # of the last two epochs
 
     def __getitem__(self, step: int) -> tuple[Batch | DataError | None, list[Unreadable]]:
         config = self.config
@@ -404,12 +414,12 @@ class _TrainBatches(TorchDataset[Any]):
         if config.multi_scale:
             shorter = random.Random(f"{self.seed} side {step}").choice(config.multi_scale)
             longest = round(longest * shorter / config.image_size)
-        turns: tuple[int, ...] = (0,)
-        if config.rotate90:  # the parity is the step's, as landscape and portrait pad each other
-            turns = random.Random(f"{self.seed} turns {step}").choice([(0, 2), (1, 3)])
+        rotations90: tuple[int, ...] = (0,)
+        if config.rotate90:  # per batch, as landscape and portrait images pad each other
+            rotations90 = random.Random(f"{self.seed} rotation {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
             max_size=longest,
-            turns=turns,
+            rotations90=rotations90,
             function=self.function,
             fill=self.fill,
             **{name: getattr(config, name) for name in _TRANSFORM_SETTINGS},
@@ -480,10 +490,40 @@ class _TrainBatches(TorchDataset[Any]):
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
         epoch, position = divmod(position, self.epoch_size)
-        index = _order(self, epoch)[position]
+        index = self._order(epoch)[position]
         # The repetitions of an image in an epoch are augmented differently.
         repetition = "" if self.repeats is None else f" {position}"
         return index, random.Random(f"{self.seed} image {epoch} {index}{repetition}")
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        """Return the images of an epoch in order; random.Random gives the same everywhere."""
+        if epoch in self.orders:
+            return self.orders[epoch]
+        draw = random.Random(f"{self.seed} epoch {epoch}")
+        order: list[int] = []
+        for images in self._to_shuffle(draw):
+            draw.shuffle(images)
+            if self.ratios is not None:
+                batch = self.batch_size * self.world_size
+                first = -(epoch * self.epoch_size + len(order)) % batch
+                images = _group(images, self.ratios, first, batch, draw)
+            order += images
+        # A batch may span two epochs.
+        self.orders = {old: self.orders[old] for old in [*self.orders][-1:]} | {epoch: order}
+        return order
+
+    def _to_shuffle(self, draw: random.Random) -> Iterator[list[int]]:
+        """Yield the images of an epoch that are shuffled together."""
+        if self.shards is None:
+            yield list(range(len(self.images))) if self.repeats is None else self.repeats.draw(draw)
+            return
+        by_shard: list[list[int]] = [[] for _ in range(int(self.shards.max()) + 1)]
+        for image, shard in enumerate(self.shards.tolist()):
+            by_shard[shard].append(image)
+        draw.shuffle(by_shard)
+        window = self.config.shard_window
+        for first in range(0, len(by_shard), window):
+            yield list(chain.from_iterable(by_shard[first : first + window]))
 
     @cached_property
     def epoch_size(self) -> int:
@@ -521,46 +561,21 @@ class _EvalBatches(TorchDataset[Any]):
         return _collate(samples, self.fill), reader.failures
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def _order(batches: _TrainBatches, epoch: int) -> Sequence[int]:
-    """Return the images of an epoch in order; random.Random gives the same on every platform."""
-    draw = random.Random(f"{batches.seed} epoch {epoch}")
-    count = batches.epoch_size
-    step = batches.batch_size * batches.world_size
-
-    def shuffle(images: list[int], start: int) -> list[int]:
-        """Shuffle images whose first is at position `start` of the epoch."""
-        draw.shuffle(images)
-        if batches.ratios is None:
-            return images
-        return _group(images, batches.ratios, -(epoch * count + start) % step, step, draw)
-
-    if batches.shards is None:
-        repeats = batches.repeats
-        return shuffle(list(range(count)) if repeats is None else repeats.draw(draw), 0)
-    by_shard: list[list[int]] = [[] for _ in range(int(batches.shards.max()) + 1)]
-    for image, shard in enumerate(batches.shards.tolist()):
-        by_shard[shard].append(image)
-    draw.shuffle(by_shard)
-    order: list[int] = []
-    window = batches.config.shard_window
-    for first in range(0, len(by_shard), window):
-        order += shuffle(list(chain.from_iterable(by_shard[first : first + window])), len(order))
-    return order
-
-
 def _group(
     images: list[int], ratios: Tensor, first: int, batch_size: int, draw: random.Random
 ) -> list[int]:
     """Reorder shuffled images so that those of a batch have similar aspect ratios.
 
-    The first batch begins at position `first`; parts of batches before and after whole ones keep
-    their images, which are drawn from all.
+    Sorted are windows of :data:`_SORTED_BATCHES` batches, and then the batches are shuffled: which
+    images share a batch differs from epoch to epoch. The first batch begins at position `first`;
+    parts of batches before and after whole ones keep their images.
     """
     last = max(first, len(images) - (len(images) - first) % batch_size)
-    whole = torch.tensor(images[first:last], dtype=torch.int64)
-    whole = whole[ratios[whole].argsort(stable=True)]
-    batches = [batch.tolist() for batch in torch.split(whole, batch_size)]
+    batches: list[list[int]] = []
+    for start in range(first, last, _SORTED_BATCHES * batch_size):
+        window = torch.tensor(images[start : min(start + _SORTED_BATCHES * batch_size, last)])
+        window = window[ratios[window].argsort(stable=True)]
+        batches += [batch.tolist() for batch in torch.split(window, batch_size)]
     draw.shuffle(batches)
     return [*images[:first], *chain.from_iterable(batches), *images[last:]]
 

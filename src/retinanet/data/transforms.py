@@ -63,7 +63,7 @@ class Transform:
         crop: True: an image enlarged by the jitter is cropped at random to the size without
             jitter. "iou": a random part of the image is resized in place of the whole, with an IoU
             of 0 to .9 with some object (SSD, Liu et al. 2016, Sec. 2.2).
-        turns: numbers of quarter turns to draw from, with equal probability.
+        rotations90: multiples of 90 degrees, of which one is drawn.
         rotation, shear: degrees at most, of each axis; the image keeps its size. The new box of an
             object encloses the ellipse inscribed in the old one, not its corners, which gives
             boxes that are too large (Kalra et al. 2021).
@@ -80,7 +80,7 @@ class Transform:
     vertical_flip: float = 0.0
     scale_jitter: tuple[float, float] = (1.0, 1.0)
     crop: bool | Literal["iou"] = False
-    turns: tuple[int, ...] = (0,)
+    rotations90: tuple[int, ...] = (0,)
     rotation: float = 0.0
     shear: float = 0.0
     translate: float = 0.0
@@ -150,8 +150,8 @@ class Transform:
     def move(self, labelled: Labelled, draw: random.Random) -> Labelled:
         """Do the second part of the transform: quarter turns, affine map, flips."""
         image, boxes, labels = labelled
-        if self.turns != (0,):
-            image, boxes = _rotate90(image, boxes, draw.choice(self.turns))
+        if self.rotations90 != (0,):
+            image, boxes = _rotate90(image, boxes, draw.choice(self.rotations90))
         if self.rotation or self.shear or self.translate:
             image, boxes, labels = self._map_affine(image, boxes, labels, draw)
         height, width = image.shape[-2:]

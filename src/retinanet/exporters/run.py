@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -233,10 +234,14 @@ def _draft(file: Path, report_file: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             draft = Path(folder) / file.name
             yield draft
+            written = parts_of(draft)
+            for path in written:
+                with path.open("r+b") as opened:
+                    os.fsync(opened.fileno())
             # Two files cannot be renamed at once: without the .xml, the .bin is not used.
             for old in (file, report_file):
                 old.unlink(missing_ok=True)
-            for path in reversed(parts_of(draft)):
+            for path in reversed(written):
                 path.replace(file.with_name(path.name))
     except OSError as error:
         raise WeightsError(f"cannot write {file}: {error}") from None

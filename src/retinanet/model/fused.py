@@ -25,9 +25,9 @@ from retinanet.model.norms import (
     BackboneConv2d,
     FrozenBatchNorm2d,
     contains_activation,
+    fold_padding_into_kernel,
     only_user,
     parts_after,
-    put_margins_into_kernel,
     same_margins,
     scale_and_shift,
     trace,
@@ -188,7 +188,7 @@ class FusedConv2d(nn.Module):
         """
         if not self.margins or self.weight.shape[1] > 4:
             return
-        found = put_margins_into_kernel(self.weight, self.margins, self.dilation)
+        found = fold_padding_into_kernel(self.weight, self.margins, self.dilation)
         if found is not None:
             weight, self.padding = found
             self.weight, self.margins = nn.Parameter(weight, requires_grad=False), ()

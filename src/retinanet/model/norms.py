@@ -87,7 +87,7 @@ def same_margins(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     return left, horizontal - left, top, vertical - top
 
 
-def put_margins_into_kernel(
+def fold_padding_into_kernel(
     weight: Tensor, margins: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, tuple[int, int]] | None:
     """Return weights with a row and a column of zeros, and the symmetric padding they need.
@@ -144,7 +144,7 @@ class BackboneConv2d(nn.Conv2d):
             weight = weight * scale[:, None, None, None]
             bias = shift if bias is None else bias * scale + shift
         if self.margins and weight.shape[1] == 1:  # of other kernels the work would grow
-            found = put_margins_into_kernel(weight, self.margins, self.dilation)
+            found = fold_padding_into_kernel(weight, self.margins, self.dilation)
             if found is not None:
                 weight, padding = found
                 return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)

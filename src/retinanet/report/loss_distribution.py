@@ -51,6 +51,7 @@ MAX_NEGATIVES = 10_000_000
 """Background anchors that are sampled, about; the paper takes as many."""
 
 _POINTS = 501
+CHUNK = 2**22  # logits per loss computation: 16 MB per intermediate
 
 _Array = NDArray[np.float64]
 _Array32 = NDArray[np.float32]
@@ -228,8 +229,12 @@ def anchor_losses(logits: Tensor, labels: Tensor, gammas: Sequence[float]) -> Te
 
     `logits` are (N, K), `labels` (N,) class 0..K-1 or BACKGROUND.
     """
-    losses = (focal_loss(logits, labels, alpha=None, gamma=g, reduction="none") for g in gammas)
-    return torch.stack([loss.sum(dim=1) for loss in losses], dim=1)
+    rows = max(1, CHUNK // max(1, logits.shape[1]))
+    chunks = []
+    for x, y in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+        losses = (focal_loss(x, y, alpha=None, gamma=g, reduction="none") for g in gammas)
+        chunks.append(torch.stack([loss.sum(dim=1) for loss in losses], dim=1))
+    return torch.cat(chunks)
 
 
 def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
@@ -242,7 +247,10 @@ def cumulative_share(losses: NDArray[Any], fractions: NDArray[Any]) -> _Array:
     np.cumsum(np.sort(losses), dtype=np.float64, out=sums[1:])
     if sums[-1] == 0:
         return np.full(len(fractions), np.nan)
-    shares: _Array = np.interp(fractions * len(losses), np.arange(len(sums)), sums) / sums[-1]
+    positions = np.asarray(fractions, dtype=np.float64) * len(losses)
+    # np.interp would need another array of N positions.
+    low = np.minimum(positions.astype(np.int64), len(losses) - 1)
+    shares: _Array = (sums[low] + (positions - low) * (sums[low + 1] - sums[low])) / sums[-1]
     return shares
 
 

@@ -178,14 +178,18 @@ class RunFolder:
 @contextmanager
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes of the kind `what` out of a folder."""
+    lock = FileLock(folder / f".{what}.lock", blocking=False)
     try:
-        with FileLock(folder / f".{what}.lock", blocking=False):
-            yield
+        lock.acquire()
     except Timeout:
         raise ConfigError(
             f"{folder} is in use: another {what} writes to it; wait for it or stop it, "
             "or give another --out"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_log(file: str | Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ ENOUGH_OBJECTS, ENOUGH_EPOCHS = 2000, 12
 """
 
 FEW_STEPS, SMALL_BATCH = 1500, 4
-"""Steps from which a CPU training keeps its batch; with fewer, it is halved, down to this batch.
+"""Steps from which a CPU training keeps its batch; with fewer it is halved, if half has 4 images.
 
 As many images in twice the steps gave more AP on all sets tried (docs/accuracy.md).
 """
@@ -148,7 +148,7 @@ def choose_settings(
     on_gpu: bool = False,
     image_size: int | None = None,
     p2: bool | None = None,
-    batch_multiple: int = 1,
+    processes: int = 1,
 ) -> list[Choice]:
     """Choose settings from the data; none unless the recipe has ``auto``.
 
@@ -159,11 +159,11 @@ def choose_settings(
         on_gpu: whether to train on a GPU.
         image_size: the only image size to consider; None: those for the device.
         p2: whether to have P2; None: as the objects need it.
-        batch_multiple: of the batch size.
+        processes: that share a batch.
     """
     if not recipe.auto or not any(image.has_object for image in train.images):
         return []
-    context = _Context(num_val, on_gpu, image_size, p2, batch_multiple)
+    context = _Context(num_val, on_gpu, image_size, p2, processes)
     choices: list[Choice] = []
     if not recipe.states("data.tile"):
         choices += _tile(recipe, _Labels.of(train, train), context)
@@ -239,7 +239,7 @@ class _Context(NamedTuple):
     on_gpu: bool
     image_size: int | None
     p2: bool | None
-    batch_multiple: int
+    processes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -517,13 +517,21 @@ def _batch(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]
     """Halve the batch of a CPU training with few steps, which then has twice as many."""
     train = recipe.train
     timed = train.time is not None or train.epochs is None
-    if context.on_gpu or timed or recipe.states("train.batch_size"):
+    multiple = context.processes * max(1, train.accumulate)
+    if context.on_gpu or timed or not can_halve(train.batch_size, multiple):
         return
-    steps = resolve_steps(epoch_size(data.train, recipe.data), train)
-    if steps < FEW_STEPS and can_halve(train.batch_size, context.batch_multiple):
+    num_images = epoch_size(data.train, recipe.data)
+    steps = resolve_steps(num_images, train)
+    changes = {"train.batch_size": train.batch_size // 2}
+    if steps == train.min_steps:
+        changes["train.min_steps"] = 2 * steps
+    least = changes.get("train.min_steps", train.min_steps)
+    if steps >= FEW_STEPS or least > train.max_steps or any(map(recipe.states, changes)):
+        return
+    if resolve_steps(num_images, recipe.choose(changes).train) >= 2 * steps - 1:  # rounded up
         reason = f"no GPU: twice the {steps} steps, of half the images each, learn more"
-        yield Choice("train.batch_size", train.batch_size // 2, reason)
-        yield Choice("train.min_steps", 2 * train.min_steps, "as many images as before")
+        for setting, value in changes.items():
+            yield Choice(setting, value, reason)
 
 
 def can_halve(batch: int, batch_multiple: int) -> bool:

@@ -125,7 +125,8 @@ def plan_training(
         max_side: image size from which larger images are not worth their time.
         enough_images: to train on in all, repetitions included.
         min_side: image size from which objects are large enough without P2.
-        batch_multiple, on_gpu: as for :func:`choose_settings`.
+        batch_multiple: of the batch size.
+        on_gpu: whether to train on a GPU.
 
     Raises:
         ConfigError: the limit is too short.

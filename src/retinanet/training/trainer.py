@@ -218,7 +218,7 @@ def _resolve(
             data.train_images,
             num_val=len(data.val) if data.val else 0,
             on_gpu=settings.accelerator.device.type != "cpu",
-            batch_multiple=settings.accelerator.num_processes * max(1, recipe.train.accumulate),
+            processes=settings.accelerator.num_processes,
         )
         choices, lengths = choose(), {}
         if recipe.train.time is not None:

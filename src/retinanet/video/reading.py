@@ -317,7 +317,7 @@ def _why_not_opened(source: str, is_live: bool, error: Exception) -> str:
     try:
         with open(source, "rb") as file:
             start = file.read(12)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # such as a null byte
         return f"{source}: there is no such file or folder"
     except IsADirectoryError:
         return f"{source}: is a folder, not a video"

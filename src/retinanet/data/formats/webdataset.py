@@ -23,12 +23,15 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image, UnidentifiedImageError
+
 from retinanet.data import archives
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.finder import LabelSet, Tree, is_image
 from retinanet.data.formats import reading
 from retinanet.data.formats.reading import LabelFile, LabelImage
 from retinanet.data.formats.writing import Writing, size_of
+from retinanet.data.image_files import suffix_of
 from retinanet.data.splits import split_word
 from retinanet.errors import ConfigError, DataError
 
@@ -283,9 +286,12 @@ def _parse_object(
         parsed.report("label-unreadable", number, reason, image=image)
         return
     name, category = item.get("class"), reading.to_id(item.get("category_id"))
-    name = name if isinstance(name, str) else ""
+    if not isinstance(name, str):
+        reason = f"{where}: its class is {name!r}, not a name"
+        parsed.report("class-unknown", number, reason, image=image)
+        return
     category = category if isinstance(category, int) else None
-    expected = category if ids is None or not name else ids.setdefault(name, category)
+    expected = category if ids is None else ids.setdefault(name, category)
     if None not in (category, expected) and category != expected:
         reason = f"{where}: class {name!r} has category_id {category}, and {expected} elsewhere"
         parsed.report("class-unknown", number, reason, image=image)
@@ -369,8 +375,7 @@ def _write_split(
                 tar = stack.enter_context(tarfile.open(path, "w", format=tarfile.GNU_FORMAT))
                 shards[file] = 0
             name = Path(names[image.path])
-            # Without an extension of an image it would be no sample; readers see the content.
-            _add(tar, f"{name.stem}{name.suffix if is_image(name) else '.jpg'}", content)
+            _add(tar, f"{name.stem}{name.suffix if is_image(name) else _suffix(content)}", content)
             _add(tar, f"{name.stem}.json", label)
             shards[file] += 1
             writing.count_image()
@@ -386,6 +391,15 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)  # no times, no owner: the same data give the same bytes
     info.size = len(content)
     tar.addfile(info, BytesIO(content))
+
+
+def _suffix(image: bytes) -> str:
+    """Return the extension of an image by its content."""
+    try:
+        with Image.open(BytesIO(image)) as opened:
+            return suffix_of(opened.format or "")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        return ".jpg"  # so that it stays a sample, and the check reports it
 
 
 def _content(image: LabelledImage, dataset: Dataset) -> dict[str, Any]:
