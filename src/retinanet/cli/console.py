@@ -111,8 +111,9 @@ def figure(value: object) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number of things: 1 image, 2 images."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Format a number of things: 1 image, 2 images, 3 classes."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 class _Speed(ProgressColumn):

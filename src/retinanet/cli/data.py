@@ -410,7 +410,7 @@ def _show_statistics(statistics: Mapping[str, Statistics]) -> None:
     counts = {name: [split.classes.get(name, 0) for split in splits] for name in splits[0].classes}
     frequent = sorted(counts, key=lambda name: -sum(counts[name]))
     table(
-        f"Objects of {len(counts)} classes",
+        f"Objects of {count(len(counts), 'class')}",
         ["class", *statistics],
         [(name, *counts[name]) for name in frequent[:_SHOWN_CLASSES]],
     )

@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.text import Text
 
-from retinanet.cli.console import TERMINATED, err, figure, note, out, seconds, table
+from retinanet.cli.console import TERMINATED, count, err, figure, note, out, seconds, table
 from retinanet.config import setting_text
 
 if TYPE_CHECKING:
@@ -165,11 +165,11 @@ def describe_start(kind: str, data: Mapping[str, Any]) -> str:
     """Describe the training in a line."""
     begins = "training" if kind == "start" else f"resuming from step {data['step']}"
     tiles = f"{data['tiles']} tiles of " if data["tiles"] else ""
-    processes = "process" if data["processes"] == 1 else "processes"
     return (
-        f"{begins} on {tiles}{data['images']} images, {data['classes']} classes: "
-        f"{data['steps']} steps of {data['batch_size']} images, learning rate {data['lr']:.2g}, "
-        f"{data['processes']} {processes} on {data['device']}, {data['precision']}; "
+        f"{begins} on {tiles}{count(data['images'], 'image')}, {count(data['classes'], 'class')}: "
+        f"{count(data['steps'], 'step')} of {count(data['batch_size'], 'image')}, "
+        f"learning rate {data['lr']:.2g}, {count(data['processes'], 'process')} on "
+        f"{data['device']}, {data['precision']}; "
         f"split: {data['split_origin']}"
     )
 
