@@ -34,11 +34,9 @@ def test_ci_runs_on_every_python_and_platform_of_the_classifiers() -> None:
 def test_every_extra_named_by_an_error_exists() -> None:
     named = set()
     for path in (_ROOT / "src").rglob("*.py"):
-        named.update(
-            re.findall(
-                r'MissingExtraError\([^()]+(?:\([^()]*\))?, "(\w+)"\)', path.read_text("utf-8")
-            )
-        )
+        text = path.read_text("utf-8")
+        named.update(re.findall(r'MissingExtraError\([^()]+(?:\([^()]*\))?, "(\w+)"\)', text))
+        named.update(re.findall(r'import_extra\([^()]+, "(\w+)"\)', text))
     assert {"hub", "onnx", "openvino", "ray", "serve", "timm", "video"} <= named
     assert named <= set(_EXTRAS)
 
