@@ -69,11 +69,6 @@ Unreadable = tuple[int, str]
 MAX_UNREADABLE = 0.1
 """Share of a data set's images that may be skipped as unreadable (one image always may)."""
 
-_TRANSFORM_SETTINGS = (  # of the same name in DataConfig
-    *("horizontal_flip", "vertical_flip", "scale_jitter", "crop"),
-    *("rotation", "shear", "translate", "colour", "erase"),
-)
-
 _SORTED_BATCHES = 16  # sorted by aspect ratio together
 
 _MAX_SUBSTITUTES = 100  # images tried in place of an unreadable one
@@ -406,7 +401,7 @@ class _TrainBatches(TorchDataset[Any]):
     repeats: RepeatFactors | None
     function: UserTransform | None
     end: Tensor
-    orders: dict[int, Sequence[int]] = field(default_factory=dict)  # of the last two epochs
+    _orders: dict[int, Sequence[int]] = field(default_factory=dict, init=False)  # of two epochs
 
     def __getitem__(self, step: int) -> tuple[Batch | DataError | None, list[Unreadable]]:
         config = self.config
@@ -419,10 +414,18 @@ class _TrainBatches(TorchDataset[Any]):
             rotations90 = random.Random(f"{self.seed} rotation {step}").choice([(0, 2), (1, 3)])
         transform = Transform(
             max_size=longest,
+            horizontal_flip=config.horizontal_flip,
+            vertical_flip=config.vertical_flip,
+            scale_jitter=config.scale_jitter,
+            crop=config.crop,
             rotations90=rotations90,
+            rotation=config.rotation,
+            shear=config.shear,
+            translate=config.translate,
+            colour=config.colour,
+            erase=config.erase,
             function=self.function,
             fill=self.fill,
-            **{name: getattr(config, name) for name in _TRANSFORM_SETTINGS},
         )
         end = int(self.end)
         mixed = step < end - round(end * config.close_augmentation)
@@ -453,7 +456,7 @@ class _TrainBatches(TorchDataset[Any]):
     def _other(self, position: int, draw: random.Random) -> int:
         """Draw the position of an image to mix into the one at `position`."""
         if self.shards is None:
-            return position - position % self.epoch_size + draw.randrange(self.epoch_size)
+            return position - position % self._epoch_size + draw.randrange(self._epoch_size)
         back = draw.randint(1, _RECENT_IMAGES)
         return position - back if back <= position else position + back
 
@@ -482,14 +485,14 @@ class _TrainBatches(TorchDataset[Any]):
 
         They are of the same epoch, so that the choice depends on the data and the seed alone.
         """
-        count = self.epoch_size
+        count = self._epoch_size
         epoch, index = divmod(position, count)
         for offset in range(min(_MAX_SUBSTITUTES, count - 1) + 1):
             yield epoch * count + (index + offset) % count
 
     def _choose(self, position: int) -> tuple[int, random.Random]:
         """Return the image at a position of the stream, and the generator of its augmentation."""
-        epoch, position = divmod(position, self.epoch_size)
+        epoch, position = divmod(position, self._epoch_size)
         index = self._order(epoch)[position]
         # The repetitions of an image in an epoch are augmented differently.
         repetition = "" if self.repeats is None else f" {position}"
@@ -497,19 +500,19 @@ class _TrainBatches(TorchDataset[Any]):
 
     def _order(self, epoch: int) -> Sequence[int]:
         """Return the images of an epoch in order; random.Random gives the same everywhere."""
-        if epoch in self.orders:
-            return self.orders[epoch]
+        if epoch in self._orders:
+            return self._orders[epoch]
         draw = random.Random(f"{self.seed} epoch {epoch}")
         order: list[int] = []
         for images in self._to_shuffle(draw):
             draw.shuffle(images)
             if self.ratios is not None:
                 batch = self.batch_size * self.world_size
-                first = -(epoch * self.epoch_size + len(order)) % batch
+                first = -(epoch * self._epoch_size + len(order)) % batch
                 images = _group(images, self.ratios, first, batch, draw)
             order += images
         # A batch may span two epochs.
-        self.orders = {old: self.orders[old] for old in [*self.orders][-1:]} | {epoch: order}
+        self._orders = {old: self._orders[old] for old in [*self._orders][-1:]} | {epoch: order}
         return order
 
     def _to_shuffle(self, draw: random.Random) -> Iterator[list[int]]:
@@ -526,7 +529,7 @@ class _TrainBatches(TorchDataset[Any]):
             yield list(chain.from_iterable(by_shard[first : first + window]))
 
     @cached_property
-    def epoch_size(self) -> int:
+    def _epoch_size(self) -> int:
         return len(self.images) if self.repeats is None else self.repeats.epoch_size
 
 

@@ -49,9 +49,9 @@ _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3
 class Transform:
     """Resizes an image to the network's input and, for training, augments it at random.
 
-    In this order: IoU crop, scale jitter with the resize, crop, quarter turns, affine map, flips,
-    colour, erasing, the user's function. The defaults only resize. It has no random state: the
-    same generator gives the same image on every machine and in every process.
+    In this order: IoU crop, scale jitter with the resize, crop, 90-degree rotations, affine map,
+    flips, colour, erasing, the user's function. The defaults only resize. It has no random state:
+    the same generator gives the same image on every machine and in every process.
 
     An object of which less than MIN_VISIBLE of the area stays visible becomes IGNORED, since a
     small part is neither a good example nor background; one of which nothing stays is dropped.
@@ -148,7 +148,7 @@ class Transform:
         return image, boxes, labels
 
     def move(self, labelled: Labelled, draw: random.Random) -> Labelled:
-        """Do the second part of the transform: quarter turns, affine map, flips."""
+        """Do the second part of the transform: 90-degree rotations, affine map, flips."""
         image, boxes, labels = labelled
         if self.rotations90 != (0,):
             image, boxes = _rotate90(image, boxes, draw.choice(self.rotations90))
@@ -364,7 +364,7 @@ def _iou_crop(image: Tensor, boxes: Tensor, labels: Tensor, draw: random.Random)
 
 
 def _rotate90(image: Tensor, boxes: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    """Rotate counterclockwise by a number of quarter turns."""
+    """Rotate counterclockwise by a multiple of 90 degrees."""
     height, width = image.shape[-2:]
     for _ in range(turns):
         x1, y1, x2, y2 = boxes.unbind(dim=1)

@@ -302,8 +302,8 @@ def to_model_labels(labels: Tensor, label_map: Sequence[int]) -> Tensor:
         labels: of any shape.
         label_map: the data's label of each label of the model, -1 for none.
     """
+    of_data = torch.tensor([*label_map], dtype=torch.int64)
+    known = (of_data >= 0).nonzero().flatten()
     inverse = torch.zeros(max([*label_map, 0]) + 1, dtype=torch.int64)
-    for model_label, label in enumerate(label_map):
-        if label >= 0:
-            inverse[label] = model_label
+    inverse[of_data[known]] = known
     return torch.where(labels >= 0, inverse.to(labels.device)[labels.clamp(min=0)], labels)
