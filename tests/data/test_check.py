@@ -183,9 +183,9 @@ def test_extensions_that_lie(tmp_path: Path, make_image: MakeImage) -> None:
 def test_wrong_sizes(tmp_path: Path, make_image: MakeImage) -> None:
     make_image(tmp_path / "a.png")
     (problem,) = _problems(_one(tmp_path, (1, 1, 5, 5), size=(41, 30)))
-    assert (problem.kind, problem.object) == ("size-wrong", "image 1")
+    assert (problem.kind, problem.object) == ("size-wrong", 1)
     assert problem.reason == (
-        "a.png: the labels state 41 x 30 (width x height), the image is 40 x 30"
+        "image 1 (a.png): the labels state 41 x 30 (width x height), the image is 40 x 30"
     )
     assert _problems(_one(tmp_path, (1, 1, 5, 5), size=(None, None))) == []
     # A box is held against the image, not against what the labels say of it.

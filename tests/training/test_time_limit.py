@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from retinanet.cli.train import TrainingOptions
 from retinanet.config import load_recipe, parse_seconds
+from retinanet.data import read_splits
 from retinanet.data.dataset import Annotation, Dataset, LabelledImage
 from retinanet.data.synthetic import synthetic_dataset
 from retinanet.errors import ConfigError
@@ -149,6 +151,20 @@ def test_plan_with_many_epochs_takes_larger_images() -> None:
     assert planned.steps == int(9640 / (608 / 384) ** 2)
 
 
+def test_plan_validates_on_fewer_images_where_all_take_over_a_tenth_of_the_time() -> None:
+    # 964 s: of 40 images in 193 s, 20 take 96 s; 867 s are 433 steps.
+    changes, planned = plan(1000, Pace(2.0, 193.0), num_val=40, on_gpu=True)
+    assert planned[:2] == (433, 1)
+    assert changes["train.val_images"] == 20
+    # No fewer than 8 images.
+    assert plan(1000, Pace(2.0, 1930.0), num_val=40)[0]["train.val_images"] == 8
+    for stated in ([], ["train.val_images=40"]):
+        changes, planned = plan(1000, Pace(2.0, 193.0), *stated, num_val=40 if stated else 8)
+        assert "train.val_images" not in changes
+        assert planned.seconds >= 193
+    assert "train.val_images" not in plan(1000, Pace(2.0, 96.0), num_val=40)[0]
+
+
 def test_plan_rejects_a_limit_that_is_too_short() -> None:
     with pytest.raises(
         ConfigError, match=r"train\.time 30 s is too short: 20 steps of 2 s .*least"
@@ -248,6 +264,41 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
     assert load_recipe(tmp_path / "run" / "config.toml") == stored
     with pytest.raises(ConfigError, match=r"train\.time = 1000\.0, and now it is 70\.0"):
         train(tiny_recipe("train.time=70s"), data, tmp_path / "run", device="cpu")
+
+
+def test_training_validates_on_evenly_spread_images(data: Path, tmp_path: Path) -> None:
+    splits = read_splits(data)
+    val = splits["train"].images[:5]
+    splits["val"] = replace(splits["val"], images=val)
+    events: list[Event] = []
+    recipe = tiny_recipe("train.steps=2", "train.val_images=2", "train.validate_every=2")
+    assert train(recipe, splits, tmp_path / "run", device="cpu", on_event=events.append).metrics
+    assert {e.data["total"] for e in events if e.kind == "validating"} == {2}
+    # All images belong to the run: with others it is not the same data.
+    splits["val"] = replace(splits["val"], images=val[:4])
+    with pytest.raises(ConfigError, match="other data"):
+        train(recipe, splits, tmp_path / "run", device="cpu")
+
+
+def test_plan_with_slow_validation_is_stored_with_fewer_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = read_splits(data)
+    splits["val"] = replace(splits["val"], images=splits["train"].images * 2)
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: Pace(40.0, 150.0))
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        stop_at(1)(event)
+
+    with pytest.raises(Stop):
+        train(tiny_recipe("train.time=1000s"), splits, tmp_path / "run", on_event=stop)
+    # 958 s, less the start: 95 s are 10.1 of 16 images.
+    stored = load_recipe(tmp_path / "run" / "config.toml").train
+    assert stored.val_images in (10, 11)
+    plan = next(text for text in messages(events) if text.startswith("plan for 1000 s: "))
+    assert plan.endswith(f"once on {stored.val_images} of 16 images (train.val_images)")
 
 
 def squares(folder: Path, *sides: float) -> dict[str, Dataset]:

@@ -158,6 +158,11 @@ def test_train_into_a_folder_that_is_no_whole_run_is_an_error(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(ConfigError, match=r"thesis\.tex is a file; give a folder as --out"):
         train(tiny_recipe("train.steps=1"), tiny_data, tmp_path / "thesis.tex", device="cpu")
+    # Before the data are read.
+    missing, chapter = tmp_path / "no data", tmp_path / "thesis.tex" / "chapter"
+    with pytest.raises(ConfigError, match=r"chapter cannot be written: .*Not a directory"):
+        train(tiny_recipe("train.steps=1"), missing, chapter, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "training.json").write_text("{")
     with pytest.raises(WeightsError, match="delete the run folder"):

@@ -377,6 +377,7 @@ def _show_problems(report: CheckReport, data: Path, limit: int | None) -> None:
                 file = file.relative_to(data)
             fix = f" -> {problem.fix}" if problem.fix else ""
             is_named = problem.object is None or str(problem.object) in problem.reason
+            is_named |= problem.reason.startswith("row ")  # counted from 1, objects from 0
             name = "" if is_named else f" object {problem.object}:"
             say(f"  {file}:{name} {problem.reason}{fix}")
         if limit is not None and total > limit:

@@ -380,14 +380,14 @@ def _image_problems(dataset: Dataset, image: LabelledImage, info: ImageInfo) -> 
         height, width = image.height, image.width
     elif (image.height or height, image.width or width) != (height, width):
         reason = (
-            f"{image.path.name}: the labels state {image.width} x {image.height} (width x height), "
-            f"the image is {width} x {height}"
+            f"image {image.id} ({image.path.name}): the labels state {image.width} x "
+            f"{image.height} (width x height), the image is {width} x {height}"
         )
         fix = "size corrected"
         if labelled_as_stored(image, info):
             reason += f" after its EXIF orientation {info.orientation}; labelled unrotated"
             fix = "size and boxes rotated"
-        yield Problem("size-wrong", _label_file(image), f"image {image.id}", reason, fix)
+        yield Problem("size-wrong", _label_file(image), image.id, reason, fix)
     seen: dict[tuple[object, ...], Annotation] = {}
     for annotation in image.annotations:
         fault = check_box(annotation.box, width, height)

@@ -147,6 +147,13 @@ def recipe_recall(recipe: Recipe, dataset: Dataset, anchors: AnchorSpec | None =
     ).recall
 
 
+def spread(dataset: Dataset, count: int) -> Dataset:
+    """Return `count` evenly spread images of a data set, or all of a smaller one."""
+    total = len(dataset)
+    count = min(count, total)
+    return replace(dataset, images=tuple(dataset.images[i * total // count] for i in range(count)))
+
+
 def sample_with_objects(dataset: Dataset) -> Dataset:
     """Return evenly spread images with objects, at most about 1000, all of known size."""
     images = tuple(image for image in dataset.images if image.has_object)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -54,10 +55,27 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"
         self.unreadable = self.path / "unreadable.jsonl"
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Keep other trainings out of the folder."""
+    def check(self) -> None:
+        """Check that a run can be written or resumed here, before data are read for minutes.
+
+        Raises:
+            ConfigError: it is a file, has other files, or cannot be created.
+        """
         if not self.last.is_dir():
             self._check_empty()
+        nearest = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        try:
+            with tempfile.TemporaryDirectory(prefix=".", dir=nearest):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"--out {self.path} cannot be written: {nearest}: {error.strerror}; give a folder "
+                "that can be created"
+            ) from None
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other trainings out of the folder."""
+        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         return folder_lock(self.path, "training")
 

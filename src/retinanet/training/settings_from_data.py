@@ -119,7 +119,8 @@ CHOSEN_SETTINGS = (
     *("data.image_size", "data.max_size", "model.p2", "anchors.sizes", "anchors.aspect_ratios"),
     *("matching.low_quality_matches", "detect.detections_per_image", "data.vertical_flip"),
     "data.rotate90",
-    *("data.balance", "data.balance_threshold", "data.tile", "train.validate_every"),
+    *("data.balance", "data.balance_threshold", "data.tile"),
+    *("train.validate_every", "train.val_images"),
     *("train.batch_size", "train.min_steps", "train.warmup_steps"),
 )
 """Settings that are chosen from the data, and for ``train.time``."""

@@ -22,6 +22,9 @@ ENOUGH_STEPS = 400
 VALIDATION_SHARE = 0.1
 """Share of the time for validations, at most; there is always one, of the last weights."""
 
+MIN_VAL_IMAGES = 8
+"""Images that a validation has at least, however long it takes."""
+
 _MARGIN = 0.03  # of the limit, for the error of the estimates
 _REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
 _MAX_VALIDATIONS = 8
@@ -55,11 +58,13 @@ class Plan(NamedTuple):
         steps: training steps.
         validations: validations, the one after the last step included.
         seconds: estimated duration of both.
+        val_share: share of the validation images that a validation has time for.
     """
 
     steps: int
     validations: int
     seconds: float
+    val_share: float = 1.0
 
     @property
     def period(self) -> int:
@@ -83,18 +88,23 @@ def seconds_to_tune(recipe: Recipe, validation: float) -> float:
     return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
 
 
-def plan_steps(seconds: float, pace: Pace) -> Plan:
+def plan_steps(seconds: float, pace: Pace, min_share: float = 1.0) -> Plan:
     """Return as many steps and validations as `seconds` allow.
+
+    Where a validation takes longer than all may, it has a share of its images, `min_share` at
+    least.
 
     Example: 1000 s at 2 s a step, and validations of 20 s: five take a tenth.
 
         >>> plan_steps(1000, Pace(step=2.0, validation=20.0))
-        Plan(steps=450, validations=5, seconds=1000.0)
+        Plan(steps=450, validations=5, seconds=1000.0, val_share=1.0)
     """
     affordable = VALIDATION_SHARE * seconds / pace.validation if pace.validation else math.inf
+    share = min(1.0, max(affordable, min_share))
     validations = max(1, int(min(affordable, _MAX_VALIDATIONS)))
-    steps = max(0, int((seconds - validations * pace.validation) / pace.step))
-    return Plan(steps, validations, steps * pace.step + validations * pace.validation)
+    to_validate = validations * share * pace.validation
+    steps = max(0, int((seconds - to_validate) / pace.step))
+    return Plan(steps, validations, steps * pace.step + to_validate, share)
 
 
 def plan_training(
@@ -104,6 +114,7 @@ def plan_training(
     *,
     num_images: int,
     max_side: int,
+    num_val: int = 0,
     enough_images: int = 0,
     min_side: int = 0,
     batch_multiple: int = 1,
@@ -114,8 +125,9 @@ def plan_training(
     With less than 400 steps the batch is halved, which keeps the number of images seen, and then
     images become smaller. With less than `enough_images` P2 is left out, and then images become
     smaller. With more than 72 epochs they become larger. On a CPU the batch is halved where less
-    than 1,500 steps are left. What the recipe states is kept, and so is the size of tiles. The time
-    of a step is taken as proportional to batch and pixels.
+    than 1,500 steps are left. Where a single validation takes over a tenth of the time, it has
+    fewer images. What the recipe states is kept, and so is the size of tiles. The time of a step is
+    taken as proportional to batch and pixels.
 
     Args:
         recipe: all settings.
@@ -123,6 +135,7 @@ def plan_training(
         elapsed: seconds of the limit that are over.
         num_images: images of an epoch.
         max_side: image size from which larger images are not worth their time.
+        num_val: images of a validation.
         enough_images: to train on in all, repetitions included.
         min_side: image size from which objects are large enough without P2.
         batch_multiple: of the batch size.
@@ -138,7 +151,9 @@ def plan_training(
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
     fixed_side = not recipe.auto or recipe.data.tile is not None
     fixed_side |= any(map(recipe.states, ("data.image_size", "data.max_size")))
-    plan = plan_steps(seconds, pace)
+    fewer_val = num_val > MIN_VAL_IMAGES and not recipe.states("train.val_images")
+    min_share = MIN_VAL_IMAGES / num_val if fewer_val else 1.0
+    plan = plan_steps(seconds, pace, min_share)
     while plan.steps < ENOUGH_STEPS:
         smaller = next_side(side, 1 / _SIDE_STEP)
         if not fixed_batch and can_halve(batch, batch_multiple):
@@ -147,7 +162,7 @@ def plan_training(
             side, pace = smaller, pace.at(smaller / side)
         else:
             break
-        plan = plan_steps(seconds, pace)
+        plan = plan_steps(seconds, pace, min_share)
     fixed_p2 = not recipe.auto or any(map(recipe.states, ("model.p2", "anchors.sizes")))
     while plan.steps * batch < enough_images:
         smaller = next_side(side, 1 / _SIDE_STEP)
@@ -157,23 +172,26 @@ def plan_training(
             side, pace = smaller, pace.at(smaller / side)
         else:
             break
-        plan = plan_steps(seconds, pace)
+        plan = plan_steps(seconds, pace, min_share)
     while not fixed_side and plan.steps * batch > _MANY_EPOCHS * num_images:
         larger = next_side(side, _SIDE_STEP)
         if larger > max_side:
             break
         side, pace = larger, pace.at(larger / side)
-        plan = plan_steps(seconds, pace)
+        plan = plan_steps(seconds, pace, min_share)
     small_batch = not (on_gpu or fixed_batch)
     while small_batch and plan.steps < FEW_STEPS and can_halve(batch, batch_multiple):
         batch, pace = batch // 2, Pace(pace.step / 2, pace.validation)
-        plan = plan_steps(seconds, pace)
+        plan = plan_steps(seconds, pace, min_share)
+    pace = Pace(pace.step, plan.val_share * pace.validation)
     _check_long_enough(plan, pace, limit, elapsed)
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
     if not recipe.states("train.warmup_steps"):
         changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
+    if plan.val_share < 1:
+        changes["train.val_images"] = math.ceil(plan.val_share * num_val)
     chosen = {"train.batch_size": batch, "data.image_size": side, "model.p2": p2}
     changes |= {name: value for name, value in chosen.items() if value != recipe.value(name)}
     return changes, plan

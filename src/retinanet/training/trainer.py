@@ -25,7 +25,7 @@ from retinanet.model.backbone import check_weights_file
 from retinanet.model.precision import NAMES, choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
-from retinanet.training.data import TrainingData, read_training_data, tiles_to_train
+from retinanet.training.data import TrainingData, read_training_data, spread, tiles_to_train
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.loop import Emitter, Trainer
@@ -43,7 +43,14 @@ from retinanet.training.settings_from_data import (
 )
 from retinanet.training.step import Progress
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
-from retinanet.training.time_limit import MIN_STEPS, Pace, plan_training, seconds_to_tune
+from retinanet.training.time_limit import (
+    MIN_STEPS,
+    VALIDATION_SHARE,
+    Pace,
+    plan_training,
+    seconds_to_train,
+    seconds_to_tune,
+)
 
 MakeTask = Callable[[TaskSettings], TrainingTask]
 
@@ -135,6 +142,7 @@ def run_task(
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
+    RunFolder(out).check()
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -182,12 +190,13 @@ def run_task(
         if recipe.train.trackers:
             accelerator.init_trackers("retinanet")
         set_seed(recipe.train.seed)
-        trainer = Trainer(task, splits.val, run, resume=stored is not None)
+        trainer = Trainer(task, _to_validate(splits.val, recipe), run, resume=stored is not None)
         if extends and more_epochs is not None:
             images = epoch_size(settings.train_set, recipe.data)
             trainer.extend(more_epochs, math.ceil(more_epochs * images / recipe.train.batch_size))
-        if pace is not None:
-            trainer.progress.validation_seconds = pace.validation
+        if pace is not None and trainer.val is not None:
+            share = len(trainer.val) / len(splits.val or trainer.val)
+            trainer.progress.validation_seconds = share * pace.validation
         with memory_errors(settings):
             exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
@@ -224,10 +233,11 @@ def _resolve(
         if recipe.train.time is not None:
             timed = _fit_memory(make_task, of(recipe.choose(values(choices))))
             left = recipe.train.time - (time.monotonic() - started)
-            pace = measure_pace(make_task, timed, data.val, left)
+            val = _to_validate(data.val, recipe)
+            pace = measure_pace(make_task, timed, val, left)
             # All processes must make the same plan.
             pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
-            lengths = _plan_for_time(timed, pace, elapsed)
+            lengths = _plan_for_time(timed, pace, elapsed, len(val) if val else 0)
             side, p2 = (lengths.pop(name, None) for name in ("data.image_size", "model.p2"))
             if side is not None or p2 is not None:
                 if not timed.recipe.model.p2:
@@ -260,18 +270,28 @@ def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
     return replace(settings, recipe=recipe.choose({"train.accumulate": parts}))
 
 
-def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[str, Any]:
+def _to_validate(val: Dataset | None, recipe: Recipe) -> Dataset | None:
+    count = recipe.train.val_images
+    return val if val is None or count is None else spread(val, count)
+
+
+def _plan_for_time(
+    settings: TaskSettings, pace: Pace, elapsed: float, num_val: int
+) -> dict[str, Any]:
     """Return the settings with which the training fits into its time limit."""
     recipe, train_set = settings.recipe, settings.train_set
     num_images = epoch_size(train_set, recipe.data)
     on_gpu = settings.accelerator.device.type != "cpu"
     need = needs(train_set, num_images, on_gpu=on_gpu)
+    longest = VALIDATION_SHARE * seconds_to_train(recipe.train.time or 0.0)
+    tuning = seconds_to_tune(recipe, min(pace.validation, longest))
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed + seconds_to_tune(recipe, pace.validation),
+        elapsed + tuning,
         num_images=num_images,
         max_side=need.max_side,
+        num_val=num_val,
         enough_images=need.images,
         min_side=need.min_side,
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -280,11 +300,13 @@ def _plan_for_time(settings: TaskSettings, pace: Pace, elapsed: float) -> dict[s
     batch = changes.get("train.batch_size", recipe.train.batch_size)
     side = changes.get("data.image_size", recipe.data.image_size)
     without = " without P2" if changes.get("model.p2") is False else ""
+    count = changes.get("train.val_images")
+    few = "" if count is None else f" on {count} of {num_val} images (train.val_images)"
     settings.emit(
         "message",
         message=f"plan for {recipe.train.time:.0f} s: {elapsed:.0f} s of start, then {plan.steps} "
         f"steps of {batch} images of {side} px{without} in {plan.seconds:.0f} s, validated "
-        f"{'once' if plan.validations == 1 else f'{plan.validations} times'}",
+        f"{'once' if plan.validations == 1 else f'{plan.validations} times'}{few}",
     )
     return changes
 
@@ -311,11 +333,11 @@ def measure_pace(
             return Pace(step, 0.0)
         if MIN_STEPS * step > seconds_left:
             return Pace(step, step * VALIDATION_COST * len(val) / settings.batch_size)
-        count = min(len(val), 2 * settings.batch_size)
-        images = tuple(val.images[i * len(val) // count] for i in range(count))
+        # An image is many tiles.
+        few = spread(val, 2 * settings.batch_size if settings.recipe.data.tile is None else 1)
         begun = time.perf_counter()
-        trainer.task.validate(trainer.model, replace(val, images=images), 0)
-        return Pace(step, (time.perf_counter() - begun) * len(val) / count)
+        trainer.task.validate(trainer.model, few, 0)
+        return Pace(step, (time.perf_counter() - begun) * len(val) / len(few))
 
 
 def _check_batch_size(settings: TaskSettings) -> None:

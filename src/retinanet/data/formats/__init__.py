@@ -214,7 +214,8 @@ def find_data(
             )
     labels, *others = found
     splits = _name_rest(FORMATS[labels.format].read(tree, labels))
-    elsewhere = frozenset().union(*(other.stems() for other in others)) - labels.stems()
+    # stems() reads a COCO file as a whole.
+    elsewhere = frozenset().union(*(o.stems() for o in others)) - labels.stems() if others else ()
     if elsewhere:
         splits = {name: partial(_without, split, elsewhere) for name, split in splits.items()}
     images = tuple(tree.images) if path.is_dir() and tree.root == tree.top else ()

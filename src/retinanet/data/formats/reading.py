@@ -591,8 +591,8 @@ def build(
         images[path] = built if id_ == image.id else replace(built, id=id_)
     for path in dict.fromkeys(faulty):  # after entries of the same image are merged
         if not images[path].annotations:
-            id_ = images.pop(path).id
-            listed.append(Problem("label-unreadable", path, id_, ALL_FAULTY, DROPPED))
+            del images[path]
+            listed.append(Problem("label-unreadable", path, None, ALL_FAULTY, DROPPED))
     return Dataset(
         images=tuple(images.values()),
         classes=classes.names,
