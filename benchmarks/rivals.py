@@ -3,11 +3,13 @@
     python benchmarks/rivals.py DATA --minutes 5 --backbone-weights FILE --out results.json
 
 `quick` and `paper` are this package's network with the recipes `quick` and `paper_quick`;
-`torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is that of `train
---time`: start, training and validations. `quick` is always trained, first, and chooses its settings
-from the data and the time; image size, batch and augmentation are then those of every detector, as
-are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the
-weights of the best validation of each.
+`paper_p2` is `paper` with the levels and the matching of Faster R-CNN: P2, and each object matched
+to some anchor. `torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is
+that of `train --time`: start, training and validations. `quick` is always trained, first, and
+chooses its settings from the data and the time; image size, batch and augmentation are then those
+of every detector, as are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the
+split `val`, with the weights of the best validation of each. `--plot FILE.png` draws AP over the
+time since the start.
 """
 
 from __future__ import annotations
@@ -20,10 +22,17 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-OURS = {"quick": "quick", "paper": "paper_quick"}
+if TYPE_CHECKING:
+    from retinanet.training.events import Event
+
+OURS = {"quick": "quick", "paper": "paper_quick", "paper_p2": "paper_quick"}
 """Recipe by name."""
+P2 = (
+    *("model.p2=true", "matching.low_quality_matches=true"),
+    "anchors.sizes=[16,32,64,128,256,512]",
+)
 RIVALS = ("torchvision_retinanet", "faster_rcnn", "ssd")
 SHARED = (
     "model.backbone",
@@ -46,17 +55,24 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
         f"train.time={task['seconds']}",
         f"train.seed={task['seed']}",
         "train.tune_detection=false",
+        *(P2 if name == "paper_p2" else ()),
         *task["settings"],
     ]
+    curve: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         started, cpu = time.perf_counter(), time.process_time()
+
+        def note(event: Event) -> None:
+            if event.kind == "validation":
+                curve.append((round(time.perf_counter() - started, 1), event.data["ap"]))
+
         out = Path(folder) / "run"
         recipe = load_recipe(OURS.get(name, "paper_quick"), settings)
         data = read_splits(task["data"])
         if name in OURS:
-            run = train_ours(recipe, data, out)
+            run = train_ours(recipe, data, out, on_event=note)
         else:
-            run = train_rival(name, recipe, data, out)
+            run = train_rival(name, recipe, data, out, on_event=note)
         used = load_recipe(str(out / "config.toml"))
         return {
             "steps": run.step,
@@ -65,6 +81,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             "ap_small": run.metrics.get("ap_small"),
             "wall_seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu,
+            "curve": curve,
             "shared": [(key, used.value(key)) for key in SHARED],
         }
 
@@ -86,7 +103,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     shared: list[tuple[str, Any]] = []
     detectors = dict.fromkeys(["quick", *options.detectors])
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for detector in detectors:
             is_first = detector == "quick"
             own = task | {
@@ -130,26 +147,51 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw AP over time: a line per run, a colour per detector."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    detectors = list(dict.fromkeys(row["detector"] for row in rows))
+    for row in rows:
+        number = detectors.index(row["detector"])
+        minutes, aps = zip(*((s / 60, 100 * ap) for s, ap in row["curve"]), strict=True)
+        label = row["detector"] if row["seed"] == rows[0]["seed"] else None
+        axes.plot(minutes, aps, "o-", color=f"C{number}", markersize=3, linewidth=1, label=label)
+    axes.set(xlabel="minutes since the start", ylabel="AP on val", ylim=(0, None), xlim=(0, None))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     """Parse the command line, compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", nargs="?", type=Path, help="labelled images with a split val")
     parser.add_argument("--minutes", type=float, default=5.0, help="time of each run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [*OURS, *RIVALS]
     parser.add_argument("--detectors", nargs="+", choices=names, default=names)
     parser.add_argument("--backbone-weights", help="ImageNet weights of the backbone")
     parser.add_argument("--set", nargs="*", default=[], help="settings of all, such as KEY=VALUE")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--plot", type=Path, help="draw AP over time as PNG or SVG")
+    parser.add_argument("--rows", type=Path, nargs="+", help="show these results; train nothing")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
         print(json.dumps(train(options.task)))
         return
-    if options.data is None:
+    if options.rows:
+        rows = [row for file in options.rows for row in json.loads(file.read_text("utf-8"))]
+    elif options.data is None:
         parser.error("DATA is missing: give a folder of labelled images")
-    rows = compare(options)
+    else:
+        rows = compare(options)
     print(table(rows))
+    if options.plot:
+        draw_curves(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,29 @@ def test_same_padding_is_tensorflows_at_the_right_and_bottom() -> None:
     torch.testing.assert_close(stem(img), by_hand)
 
 
+@pytest.mark.parametrize("same_padding", [False, True])
+def test_strided_depthwise_convolutions_are_trained_in_float32_under_bf16_autocast(
+    same_padding: bool,
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)
+    module = BackboneConv2d(conv, FrozenBatchNorm2d(8), same_padding=same_padding)
+    images = torch.randn(2, 8, 16, 16).bfloat16()
+    padded = F.pad(images.float(), (0, 1, 0, 1) if same_padding else (1, 1, 1, 1))
+    expected = F.conv2d(padded, conv.weight, conv.bias, 2, 0, 1, 8)
+    (gradient,) = torch.autograd.grad(expected.sum(), conv.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(images)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected.bfloat16())
+    (found,) = torch.autograd.grad(result.sum(), conv.weight)
+    torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
+    # Nothing to train: bf16, with the padding in the kernel.
+    conv.weight.requires_grad = False
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(module(images).float(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("stages", range(6))
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_frozen_stages_are_the_stem_then_c2_to_c5(name: str, stages: int) -> None:
