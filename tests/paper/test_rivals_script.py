@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from scripts import load_script
 
@@ -28,7 +29,13 @@ def test_quick_is_trained_first_and_its_backbone_is_that_of_all(
     monkeypatch.setattr(rivals, "run_apart", run_apart)
     out = tmp_path / "rows.json"
     options = Namespace(
-        set=[], backbone_weights=None, data=Path(), minutes=1, seeds=3, detectors=["ssd"], out=out
+        set=[],
+        backbone_weights=None,
+        data=Path(),
+        minutes=1,
+        out=out,
+        seeds=[0, 1, 2],
+        detectors=["ssd"],
     )
     with pytest.raises(RuntimeError, match="stopped"):
         rivals.compare(options)
@@ -37,3 +44,29 @@ def test_quick_is_trained_first_and_its_backbone_is_that_of_all(
     for quick, ssd in (tasks[:2], tasks[2:4]):
         assert quick["settings"] == []
         assert ["model.backbone", "model.backbone of quick"] in ssd["settings"]
+
+
+def test_stored_rows_are_shown_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rivals: Any = load_script("rivals")
+    rows = [
+        {
+            "detector": detector,
+            "seed": seed,
+            "steps": 9,
+            "ap": ap,
+            "ap50": 2 * ap,
+            "wall_seconds": 300.0,
+            "cpu_seconds": 290.0,
+            "curve": [[60.0, ap / 2], [300.0, ap]],
+        }
+        for seed in (0, 1)
+        for detector, ap in (("quick", 0.4 + seed / 50), ("ssd", 0.1))
+    ]
+    stored, plot = tmp_path / "rows.json", tmp_path / "curves.png"
+    stored.write_text(json.dumps(rows), "utf-8")
+    monkeypatch.setattr("sys.argv", ["rivals.py", "--rows", str(stored), "--plot", str(plot)])
+    rivals.main()
+    assert "| quick | 9 | 41.0 ± 1.4 | 82.0 ± 2.8 | 300 | 290 |" in capsys.readouterr().out
+    assert Image.open(plot).size == (770, 495)

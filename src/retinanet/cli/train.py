@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retinanet.cli.console import print_json, say
+from retinanet.cli.console import count, print_json, say
 from retinanet.cli.settings import DeviceOptions, Json, RecipeOptions, option, split_names
 from retinanet.cli.training import (
     choose_for,
@@ -146,7 +146,9 @@ def train(
         print_json({"folder": trained.folder, "model": trained.model, "metrics": trained.metrics})
         return
     if trained.metrics:
-        say(f"result   {describe_metrics(trained.metrics)}, on the split val")
+        images = trained.metrics.get("images")
+        of = "" if images is None else f"{count(images, 'image')} of "
+        say(f"result   {describe_metrics(trained.metrics)}, on {of}the split val")
     say(f"model    {trained.model}")
     if report is not None:
         say(f"report   {report}")

@@ -175,6 +175,8 @@ def describe_start(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def describe_metrics(metrics: Mapping[str, Any]) -> str:
-    """Describe AP, AP50 and loss of a validation; missing values are a dash."""
-    names = {"ap": "AP", "ap50": "AP50", "loss": "validation loss"}
+    """Describe AP, AP50 and loss of a validation; missing metrics are a dash."""
+    names = {"ap": "AP", "ap50": "AP50"}
+    if metrics.get("loss") is not None:  # with tiles there is none
+        names["loss"] = "validation loss"
     return ", ".join(f"{name} {figure(metrics.get(key))}" for key, name in names.items())

@@ -19,7 +19,8 @@ class Event:
             device, processes, precision, split_origin), ``step`` (step, steps, loss,
             loss_classification, loss_box, positives, grad_norm, lr, images_per_second, waiting,
             memory_mb, seconds_left), ``validating`` (done, total), ``validation`` (step, ap, ap50,
-            loss), ``message`` (message), ``end`` (step, best_ap, best_step, seconds, interrupted).
+            loss, images), ``message`` (message), ``end`` (step, best_ap, best_step, seconds,
+            interrupted).
         data: the values, by the names above.
     """
 

@@ -279,6 +279,7 @@ class Trainer:
             values = {"ap": metrics.ap, "ap50": metrics.ap50, "loss": metrics.loss}
             # NaN (there is no object in val) is null in JSON, and never better.
             progress.metrics = {k: None if v != v else v for k, v in values.items()}
+            progress.metrics["images"] = metrics.images
             self._keep_if_best(metrics)
             _append(self.run.log, {"step": progress.step, "validation": progress.metrics})
             self._emit("validation", step=progress.step, **progress.metrics)
@@ -288,7 +289,7 @@ class Trainer:
         progress.validation_seconds = time.perf_counter() - started
         progress.seconds += progress.validation_seconds
         if self._settings.trackers and progress.metrics:
-            values = {f"val_{name}": value for name, value in progress.metrics.items()}
+            values = {f"val_{key}": v for key, v in progress.metrics.items() if key != "images"}
             self._accelerator.log(values, progress.step)
 
     def save(self) -> None:
