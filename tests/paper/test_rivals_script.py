@@ -69,4 +69,5 @@ def test_stored_rows_are_shown_and_drawn(
     monkeypatch.setattr("sys.argv", ["rivals.py", "--rows", str(stored), "--plot", str(plot)])
     rivals.main()
     assert "| quick | 9 | 41.0 ± 1.4 | 82.0 ± 2.8 | 300 | 290 |" in capsys.readouterr().out
-    assert Image.open(plot).size == (770, 495)
+    with Image.open(plot) as drawn:
+        assert drawn.size == (770, 495)
