@@ -26,6 +26,7 @@ from retinanet.training.time_limit import (
     plan_steps,
     plan_training,
     replan,
+    seconds_afterwards,
     seconds_to_train,
 )
 from retinanet.training.trainer import train
@@ -163,6 +164,16 @@ def test_plan_validates_on_fewer_images_where_all_take_over_a_tenth_of_the_time(
         assert "train.val_images" not in changes
         assert planned.seconds >= 193
     assert "train.val_images" not in plan(1000, Pace(2.0, 96.0), num_val=40)[0]
+
+
+def test_time_is_left_for_tuning_and_for_the_detections_of_the_report() -> None:
+    # A validation of 40 images takes 100 s: 15 s for the 6 images of the report.
+    recipe = load_recipe("quick", [])
+    assert seconds_afterwards(recipe, 100.0, 40) == 215.0  # tuning takes as long as two validations
+    recipe = load_recipe("quick", ["data.tile=192"])  # with tiles nothing is tuned
+    assert seconds_afterwards(recipe, 100.0, 40) == 15.0
+    assert seconds_afterwards(recipe, 100.0, 4) == 100.0
+    assert seconds_afterwards(recipe, 0.0, 0) == 0.0
 
 
 def test_plan_rejects_a_limit_that_is_too_short() -> None:

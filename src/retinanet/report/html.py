@@ -35,6 +35,7 @@ from retinanet.report.plots import (
     split_log,
 )
 from retinanet.training.run_folder import read_log
+from retinanet.training.time_limit import REPORT_IMAGES
 
 ImageLike = Path | Image.Image
 """An image to embed: a file or a PIL image."""
@@ -180,7 +181,7 @@ def write_report(
     folder: str | Path,
     *,
     data: Mapping[str, Dataset] | None = None,
-    samples: int = 6,
+    samples: int = REPORT_IMAGES,
     device: str = "auto",
 ) -> Path:
     """Write ``report.html`` and ``plots/`` of a finished or unfinished run.

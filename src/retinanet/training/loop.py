@@ -47,7 +47,7 @@ from retinanet.training.step import (
     update_ema,
 )
 from retinanet.training.task import TrainingTask
-from retinanet.training.time_limit import MIN_STEPS, Pacer, seconds_to_train, seconds_to_tune
+from retinanet.training.time_limit import MIN_STEPS, Pacer, seconds_afterwards, seconds_to_train
 
 MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
@@ -322,8 +322,9 @@ class Trainer:
         if progress.step:
             begun = time.monotonic() - progress.seconds
         validation = progress.validation_seconds
-        tuning = seconds_to_tune(self.task.settings.recipe, validation)
-        return Pacer(begun + seconds_to_train(limit) - tuning, period, validation)
+        num_val = len(self.val) if self.val is not None else 0
+        after = seconds_afterwards(self.task.settings.recipe, validation, num_val)
+        return Pacer(begun + seconds_to_train(limit) - after, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:
         """Change the number of steps in all to what the time limit allows."""

@@ -25,6 +25,9 @@ VALIDATION_SHARE = 0.1
 MIN_VAL_IMAGES = 8
 """Images that a validation has at least, however long it takes."""
 
+REPORT_IMAGES = 6
+"""Validation images in which the report draws detections."""
+
 _MARGIN = 0.03  # of the limit, for the error of the estimates
 _REPORT_SECONDS = 6.0  # for the report that the command writes afterwards
 _MAX_VALIDATIONS = 8
@@ -82,10 +85,17 @@ def seconds_to_train(limit: float) -> float:
     return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
 
 
-def seconds_to_tune(recipe: Recipe, validation: float) -> float:
-    """Estimate the seconds of the choice of post-processing from those of a validation."""
+def seconds_afterwards(recipe: Recipe, validation: float, num_val: float) -> float:
+    """Estimate the seconds of choosing the post-processing and of the report's detections.
+
+    Args:
+        recipe: all settings.
+        validation: seconds of a validation.
+        num_val: its images.
+    """
     is_tuned = recipe.train.tune_detection and recipe.data.tile is None
-    return _TUNING_VALIDATIONS * validation if is_tuned else 0.0
+    seconds = _TUNING_VALIDATIONS * validation if is_tuned else 0.0
+    return seconds + (validation * min(1.0, REPORT_IMAGES / num_val) if num_val else 0.0)
 
 
 def plan_steps(seconds: float, pace: Pace, min_share: float = 1.0) -> Plan:

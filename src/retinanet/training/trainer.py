@@ -48,8 +48,8 @@ from retinanet.training.time_limit import (
     VALIDATION_SHARE,
     Pace,
     plan_training,
+    seconds_afterwards,
     seconds_to_train,
-    seconds_to_tune,
 )
 
 MakeTask = Callable[[TaskSettings], TrainingTask]
@@ -284,11 +284,12 @@ def _plan_for_time(
     on_gpu = settings.accelerator.device.type != "cpu"
     need = needs(train_set, num_images, on_gpu=on_gpu)
     longest = VALIDATION_SHARE * seconds_to_train(recipe.train.time or 0.0)
-    tuning = seconds_to_tune(recipe, min(pace.validation, longest))
+    share = min(1.0, longest / pace.validation) if pace.validation else 1.0
+    after = seconds_afterwards(recipe, share * pace.validation, share * num_val)
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed + tuning,
+        elapsed + after,
         num_images=num_images,
         max_side=need.max_side,
         num_val=num_val,
