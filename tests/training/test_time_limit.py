@@ -157,10 +157,10 @@ def test_plan_validates_on_fewer_images_where_all_take_over_a_tenth_of_the_time(
     changes, planned = plan(1000, Pace(2.0, 193.0), num_val=40, on_gpu=True)
     assert planned[:2] == (433, 1)
     assert changes["train.val_images"] == 20
-    # No fewer than 8 images.
-    assert plan(1000, Pace(2.0, 1930.0), num_val=40)[0]["train.val_images"] == 8
+    # No fewer than 4 images.
+    assert plan(1000, Pace(2.0, 1930.0), num_val=40)[0]["train.val_images"] == 4
     for stated in ([], ["train.val_images=40"]):
-        changes, planned = plan(1000, Pace(2.0, 193.0), *stated, num_val=40 if stated else 8)
+        changes, planned = plan(1000, Pace(2.0, 193.0), *stated, num_val=40 if stated else 4)
         assert "train.val_images" not in changes
         assert planned.seconds >= 193
     assert "train.val_images" not in plan(1000, Pace(2.0, 96.0), num_val=40)[0]
@@ -279,12 +279,16 @@ def test_timed_run_is_planned_by_the_measured_pace_and_resumes(
 
 def test_training_validates_on_evenly_spread_images(data: Path, tmp_path: Path) -> None:
     splits = read_splits(data)
-    val = splits["train"].images[:5]
+    val = tuple(replace(image, annotations=()) for image in splits["train"].images[:4])
+    val += splits["train"].images[4:5]
     splits["val"] = replace(splits["val"], images=val)
     events: list[Event] = []
     recipe = tiny_recipe("train.steps=2", "train.val_images=2", "train.validate_every=2")
     assert train(recipe, splits, tmp_path / "run", device="cpu", on_event=events.append).metrics
     assert {e.data["total"] for e in events if e.kind == "validating"} == {2}
+    (validation,) = (e.data for e in events if e.kind == "validation")
+    assert validation["images"] == 2
+    assert validation["ap"] is not None  # the first of the two has objects
     # All images belong to the run: with others it is not the same data.
     splits["val"] = replace(splits["val"], images=val[:4])
     with pytest.raises(ConfigError, match="other data"):

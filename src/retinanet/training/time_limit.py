@@ -22,7 +22,7 @@ ENOUGH_STEPS = 400
 VALIDATION_SHARE = 0.1
 """Share of the time for validations, at most; there is always one, of the last weights."""
 
-MIN_VAL_IMAGES = 8
+MIN_VAL_IMAGES = 4
 """Images that a validation has at least, however long it takes."""
 
 REPORT_IMAGES = 6

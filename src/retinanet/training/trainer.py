@@ -272,7 +272,11 @@ def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
 
 def _to_validate(val: Dataset | None, recipe: Recipe) -> Dataset | None:
     count = recipe.train.val_images
-    return val if val is None or count is None else spread(val, count)
+    if val is None or count is None:
+        return val
+    # With and without objects in proportion, and at least one with objects.
+    images = sorted(val.images, key=lambda image: not image.has_object)
+    return spread(replace(val, images=tuple(images)), count)
 
 
 def _plan_for_time(
