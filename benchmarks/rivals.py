@@ -3,13 +3,12 @@
     python benchmarks/rivals.py DATA --minutes 5 --backbone-weights FILE --out results.json
 
 `quick` and `paper` are this package's network with the recipes `quick` and `paper_quick`;
-`paper_p2` is `paper` with the levels and the matching of Faster R-CNN: P2, and each object matched
-to some anchor. `torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is
-that of `train --time`: start, training and validations. `quick` is always trained, first, and
-chooses its settings from the data and the time; image size, batch and augmentation are then those
-of every detector, as are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the
-split `val`, with the weights of the best validation of each. `--plot FILE.png` draws AP over the
-time since the start.
+`paper_p2` is `paper` with P2 and low-quality matches, which Faster R-CNN has too.
+`torchvision_retinanet`, `faster_rcnn` and `ssd` are torchvision's. The limit is that of `train
+--time`: start, training and validations. `quick` is always trained, first, and chooses its settings
+from the data and the time; image size, batch and augmentation are then those of every detector, as
+are backbone, channels, optimizer (AdamW, cosine) and metrics. AP is of the split `val`, with the
+weights of the best validation of each. `--plot FILE.png` draws AP over the time since the start.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     settings = [
         f"train.time={task['seconds']}",
         f"train.seed={task['seed']}",
-        "train.tune_detection=false",
+        *("train.tune_detection=false", "train.val_images=none"),
         *(P2 if name == "paper_p2" else ()),
         *task["settings"],
     ]
@@ -153,12 +152,16 @@ def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    detectors = list(dict.fromkeys(row["detector"] for row in rows))
+    detectors: list[str] = []
     for row in rows:
-        number = detectors.index(row["detector"])
-        minutes, aps = zip(*((s / 60, 100 * ap) for s, ap in row["curve"]), strict=True)
-        label = row["detector"] if row["seed"] == rows[0]["seed"] else None
-        axes.plot(minutes, aps, "o-", color=f"C{number}", markersize=3, linewidth=1, label=label)
+        points = [(s / 60, 100 * ap) for s, ap in row.get("curve", ()) if ap is not None]
+        if not points:
+            continue
+        is_new = row["detector"] not in detectors
+        detectors += [row["detector"]] if is_new else []
+        color = f"C{detectors.index(row['detector'])}"
+        label = row["detector"] if is_new else None
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=label)
     axes.set(xlabel="minutes since the start", ylabel="AP on val", ylim=(0, None), xlim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -170,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", nargs="?", type=Path, help="labelled images with a split val")
     parser.add_argument("--minutes", type=float, default=5.0, help="time of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="such as 0 1 2")
     names = [*OURS, *RIVALS]
     parser.add_argument("--detectors", nargs="+", choices=names, default=names)
     parser.add_argument("--backbone-weights", help="ImageNet weights of the backbone")

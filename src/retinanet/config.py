@@ -53,7 +53,6 @@ _OTHER_NAMES = {
     "train.accumulate": ("accumulation_steps", "gradient_accumulation_steps", "nbs"),
     "train.precision": ("amp", "mixed_precision", "fp16", "half", "dtype"),
     "train.validate_every": ("eval_period", "val_interval", "eval_interval"),
-    "train.val_images": ("limit_val_batches",),
     "train.save_every": ("checkpoint_period", "save_period", "checkpoint_interval"),
     "train.weight_decay": ("wd",),
     "train.ema": ("ema_decay", "model_ema"),
@@ -420,7 +419,7 @@ class TrainConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**32)  # of weights, split, order and augmentation
     deterministic: bool = False  # bit-identical results, slower
     validate_every: float = Field(0.1, gt=0)  # in steps; under 1: a share of all steps
-    val_images: int | None = Field(None, ge=1)  # to validate on, evenly spread; none: all
+    val_images: int | None = Field(None, ge=1)  # images to validate on; none: all
     early_stop: int = Field(0, ge=0)  # validations without a better AP; 0: never stop
     tune_detection: bool = False  # then choose NMS and temperature on val; not in the paper
     target_ap50: float = Field(0.0, ge=0, le=1)  # stop once validation AP50 reaches it; 0: never

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -57,15 +58,16 @@ def test_time_of_a_recipe_is_checked() -> None:
 
 def test_plan_gives_validations_a_tenth_of_the_time() -> None:
     # 600 s: validations of 25 s fit twice into 60 s, and 550 s are 275 steps of 2 s.
-    assert plan_steps(600, Pace(2.0, 25.0)) == Plan(275, 2, 600.0)
+    assert plan_steps(600, Pace(2.0, 25.0))[:3] == (275, 2, 600.0)
     assert plan_steps(600, Pace(2.0, 25.0)).period == 138
     # One longer than a tenth is done once, after the last step; eight are the most.
-    assert plan_steps(600, Pace(2.0, 100.0)) == Plan(250, 1, 600.0)
-    assert plan_steps(600, Pace(2.0, 1.0)) == Plan(296, 8, 600.0)
-    assert plan_steps(600, Pace(2.0, 0.0)) == Plan(300, 8, 600.0)
+    assert plan_steps(600, Pace(2.0, 100.0))[:3] == (250, 1, 600.0)
+    assert plan_steps(600, Pace(2.0, 1.0))[:3] == (296, 8, 600.0)
+    assert plan_steps(600, Pace(2.0, 0.0))[:3] == (300, 8, 600.0)
 
 
 def plan(seconds: float, pace: Pace, *settings: str, **options: Any) -> tuple[dict[str, Any], Plan]:
+    settings = ("train.tune_detection=false", *settings)
     loaded = load_recipe("quick", [f"train.time={seconds}", *settings])
     options = {"num_images": 1000, "max_side": 640} | options
     return plan_training(loaded, pace, 0.0, **options)
@@ -169,11 +171,17 @@ def test_plan_validates_on_fewer_images_where_all_take_over_a_tenth_of_the_time(
 def test_time_is_left_for_tuning_and_for_the_detections_of_the_report() -> None:
     # A validation of 40 images takes 100 s: 15 s for the 6 images of the report.
     recipe = load_recipe("quick", [])
-    assert seconds_afterwards(recipe, 100.0, 40) == 215.0  # tuning takes as long as two validations
+    assert seconds_afterwards(recipe, 100.0, 40, 6) == 215.0  # tuning: two validations
     recipe = load_recipe("quick", ["data.tile=192"])  # with tiles nothing is tuned
-    assert seconds_afterwards(recipe, 100.0, 40) == 15.0
-    assert seconds_afterwards(recipe, 100.0, 4) == 100.0
-    assert seconds_afterwards(recipe, 0.0, 0) == 0.0
+    assert seconds_afterwards(recipe, 100.0, 40, 6) == 15.0
+    assert seconds_afterwards(recipe, 100.0, 4, 6) == 150.0  # of more images than are validated on
+    assert seconds_afterwards(recipe, 0.0, 0, 0) == 0.0
+    # 964 s: 95 s for a validation of 20 images, which it has again for tuning twice, and 29 s.
+    tuned = ("train.tune_detection=true", "train.batch_size=8", "data.image_size=384")
+    changes, planned = plan(1000, Pace(2.0, 193.0), *tuned, num_val=40, num_report=6)
+    assert changes["train.val_images"] == 20
+    assert planned.after == pytest.approx(2 * 96.4 + 6 * 193 / 40)
+    assert planned.steps == int((964 - 3 * 96.4 - 28.95) / 2)
 
 
 def test_plan_rejects_a_limit_that_is_too_short() -> None:
@@ -314,6 +322,56 @@ def test_plan_with_slow_validation_is_stored_with_fewer_images(
     assert stored.val_images in (10, 11)
     plan = next(text for text in messages(events) if text.startswith("plan for 1000 s: "))
     assert plan.endswith(f"once on {stored.val_images} of 16 images (train.val_images)")
+
+
+@pytest.mark.parametrize(
+    ("num_val", "settings", "pace"),
+    [
+        (2, [], Pace(1.0, 60.0)),  # too few to leave any out
+        (20, ["train.val_images=5"], Pace(1.0, 60.0)),
+        (20, ["train.val_images=none"], Pace(1.0, 200.0)),
+        (20, [], Pace(1.0, 600.0)),
+        (20, [], Pace(6.0, 600.0)),  # a smaller image size
+        (0, [], Pace(1.0, 0.0)),
+    ],
+)
+def test_deadline_and_validation_of_the_training_are_those_of_the_plan(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_val: int,
+    settings: list[str],
+    pace: Pace,
+) -> None:
+    splits = squares(tmp_path, *(80.0, 100.0) * 10)
+    images = splits["train"].images[:num_val]
+    splits["val"] = replace(splits["train"], images=images, split="val")
+    plans: list[Plan] = []
+    plan_training = trainer.plan_training
+
+    def planned(*arguments: Any, **options: Any) -> tuple[dict[str, Any], Plan]:
+        changes, plan = plan_training(*arguments, **options)
+        plans.append(plan)
+        return changes, plan
+
+    class Started(Exception):
+        pass
+
+    def pacer(deadline: float, period: int, validation: float) -> Pacer:
+        raise Started(deadline, validation)
+
+    monkeypatch.setattr(trainer, "measure_pace", lambda *_: pace)
+    monkeypatch.setattr(trainer, "plan_training", planned)
+    monkeypatch.setattr(loop, "Pacer", pacer)
+    small = ["model.backbone=tiny", "model.backbone_weights=none", "model.norm=group"]
+    recipe = load_recipe("quick", ["train.time=1000s", "data.workers=0", *small, *settings])
+    with pytest.raises(Started) as error:
+        train(recipe, splits, tmp_path / "run", device="cpu", started=(started := monotonic()))
+    deadline, validation = error.value.args
+    assert validation == pytest.approx(plans[0].validation)
+    # The number of images is rounded up.
+    seconds = seconds_to_train(1000) - plans[0].after
+    assert deadline - started == pytest.approx(seconds, abs=12)
+    assert plans[0].steps >= 20
 
 
 def squares(folder: Path, *sides: float) -> dict[str, Dataset]:

@@ -17,7 +17,7 @@ def check_box(
     """Return the kind, reason and fix of the most severe fault of a box, or None."""
     x1, y1, x2, y2 = box
     if width and height and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height:
-        return None  # of a million objects nearly all
+        return None  # nearly all boxes
     if not all(map(math.isfinite, box)):
         return "box-not-a-number", "is not four finite numbers", "dropped"
     fixed = fixed_box(box, width, height)

@@ -94,7 +94,7 @@ def fold_padding_into_kernel(
 
     They stand for the odd row and column of SAME padding, so that the input is not copied into a
     larger map: of a depthwise kernel of 3 that costs four times as much as the convolution. With
-    gradients the copy is cheaper.
+    gradients it gains nothing.
     None: the margins are not odd by one dilation.
     """
     left, right, top, bottom = margins

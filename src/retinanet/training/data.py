@@ -154,6 +154,16 @@ def spread(dataset: Dataset, count: int) -> Dataset:
     return replace(dataset, images=tuple(dataset.images[i * total // count] for i in range(count)))
 
 
+def images_to_validate(val: Dataset, recipe: Recipe) -> Dataset:
+    """Return ``train.val_images`` of the images, with and without objects in proportion."""
+    count = recipe.train.val_images
+    if count is None or count >= len(val):
+        return val
+    # Those with objects first: the first one is always chosen.
+    images = sorted(val.images, key=lambda image: not image.has_object)
+    return spread(replace(val, images=tuple(images)), count)
+
+
 def sample_with_objects(dataset: Dataset) -> Dataset:
     """Return evenly spread images with objects, at most about 1000, all of known size."""
     images = tuple(image for image in dataset.images if image.has_object)

@@ -29,6 +29,7 @@ from retinanet.files import replace_folder, write_atomic
 from retinanet.interrupts import StopRequest, stop_on_signal
 from retinanet.losses.detection import RUNNING_START
 from retinanet.structures import Batch
+from retinanet.training.data import images_to_validate
 from retinanet.training.events import Event, EventCallback, Kind
 from retinanet.training.nonfinite import describe_step
 from retinanet.training.optim import build_optimizer, resolve_steps, scaled_lr, short_warmup
@@ -47,7 +48,13 @@ from retinanet.training.step import (
     update_ema,
 )
 from retinanet.training.task import TrainingTask
-from retinanet.training.time_limit import MIN_STEPS, Pacer, seconds_afterwards, seconds_to_train
+from retinanet.training.time_limit import (
+    MIN_STEPS,
+    REPORT_IMAGES,
+    Pacer,
+    seconds_afterwards,
+    seconds_to_train,
+)
 
 MAX_UNMATCHED_STEPS = 50
 """First steps with objects but without a single positive anchor, after which training fails."""
@@ -82,7 +89,7 @@ class Trainer:
 
     Attributes:
         task: computes losses, metrics and checkpoints.
-        val: the validation split, without images that cannot be read; None: no validation.
+        val: the images to validate on, without those that cannot be read; None: no validation.
         run: the run folder.
         model: the weights that the optimizer updates.
         network: `model`, or its wrapper for several processes.
@@ -97,7 +104,9 @@ class Trainer:
         self, task: TrainingTask, val: Dataset | None, run: RunFolder, *, resume: bool
     ) -> None:
         """Build the model and its optimizer, and restore the saved state to `resume`."""
-        self.task, self.val, self.run = task, val, run
+        self.task, self.run = task, run
+        self.val = None if val is None else images_to_validate(val, task.settings.recipe)
+        self._num_report = 0 if val is None else min(REPORT_IMAGES, len(val))
         self._settings = settings = task.settings.recipe.train
         self._accelerator, self._emit = task.settings.accelerator, task.settings.emit
         self._is_main = self._accelerator.is_main_process
@@ -323,7 +332,8 @@ class Trainer:
             begun = time.monotonic() - progress.seconds
         validation = progress.validation_seconds
         num_val = len(self.val) if self.val is not None else 0
-        after = seconds_afterwards(self.task.settings.recipe, validation, num_val)
+        recipe = self.task.settings.recipe
+        after = seconds_afterwards(recipe, validation, num_val, self._num_report)
         return Pacer(begun + seconds_to_train(limit) - after, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:

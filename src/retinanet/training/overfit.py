@@ -107,6 +107,7 @@ def overfit_recipe(recipe: Recipe, num_images: int, steps: int) -> Recipe:
         "warmup_steps": short_warmup(recipe.train, steps),
         "ema": 0.0,
         "validate_every": min(_VALIDATE_EVERY, steps),
+        "val_images": None,
         "early_stop": 0,
         "tune_detection": False,
         "target_ap50": TARGET_AP50,

@@ -56,14 +56,15 @@ class RunFolder:
         self.unreadable = self.path / "unreadable.jsonl"
 
     def check(self) -> None:
-        """Check that a run can be written or resumed here, before data are read for minutes.
+        """Check that a run can be written or resumed here, before the data are read.
 
         Raises:
             ConfigError: it is a file, has other files, or cannot be created.
         """
         if not self.last.is_dir():
             self._check_empty()
-        nearest = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        folders = (self.path, *self.path.parents)
+        nearest = next(folder for folder in folders if folder.exists() or folder.is_symlink())
         try:
             with tempfile.TemporaryDirectory(prefix=".", dir=nearest):
                 pass

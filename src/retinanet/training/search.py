@@ -233,6 +233,8 @@ class _Study:
             seconds = known if ended and known else budget / TRIALS
             self._study.set_user_attr("trial_seconds", seconds)
             self._settings.append(f"train.time={seconds}")
+            if "train.val_images" not in keys:  # AP of all trials is of the same images
+                self._settings.append("train.val_images=none")
 
     def _load(self, values: Sequence[str]) -> Recipe:
         # Post-processing is chosen once, for the model that is kept.

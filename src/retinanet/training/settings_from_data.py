@@ -543,6 +543,7 @@ def can_halve(batch: int, batch_multiple: int) -> bool:
 def _validations(recipe: Recipe, data: _Labels, context: _Context) -> Iterator[Choice]:
     """Validate less often where the validation split is large for the training."""
     train, num_val = recipe.train, context.num_val
+    num_val = num_val if train.val_images is None else min(num_val, train.val_images)
     if not num_val or train.validate_every >= 1 or train.time is not None:
         return
     steps = resolve_steps(epoch_size(data.train, recipe.data), train)

@@ -62,12 +62,16 @@ class Plan(NamedTuple):
         validations: validations, the one after the last step included.
         seconds: estimated duration of both.
         val_share: share of the validation images that a validation has time for.
+        validation: estimated seconds of a validation of that share.
+        after: estimated seconds of what follows (:func:`seconds_afterwards`).
     """
 
     steps: int
     validations: int
     seconds: float
     val_share: float = 1.0
+    validation: float = 0.0
+    after: float = 0.0
 
     @property
     def period(self) -> int:
@@ -85,36 +89,45 @@ def seconds_to_train(limit: float) -> float:
     return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
 
 
-def seconds_afterwards(recipe: Recipe, validation: float, num_val: float) -> float:
+def seconds_afterwards(recipe: Recipe, validation: float, num_val: float, num_report: int) -> float:
     """Estimate the seconds of choosing the post-processing and of the report's detections.
 
     Args:
         recipe: all settings.
         validation: seconds of a validation.
         num_val: its images.
+        num_report: images in which the report draws detections.
     """
     is_tuned = recipe.train.tune_detection and recipe.data.tile is None
     seconds = _TUNING_VALIDATIONS * validation if is_tuned else 0.0
-    return seconds + (validation * min(1.0, REPORT_IMAGES / num_val) if num_val else 0.0)
+    return seconds + (validation / num_val * num_report if num_val else 0.0)
 
 
-def plan_steps(seconds: float, pace: Pace, min_share: float = 1.0) -> Plan:
+def plan_steps(
+    seconds: float,
+    pace: Pace,
+    min_share: float = 1.0,
+    afterwards: Callable[[float, float], float] = lambda validation, share: 0.0,
+) -> Plan:
     """Return as many steps and validations as `seconds` allow.
 
     Where a validation takes longer than all may, it has a share of its images, `min_share` at
-    least.
+    least. `afterwards` computes the seconds to leave, from those of a validation and its share.
 
     Example: 1000 s at 2 s a step, and validations of 20 s: five take a tenth.
 
-        >>> plan_steps(1000, Pace(step=2.0, validation=20.0))
-        Plan(steps=450, validations=5, seconds=1000.0, val_share=1.0)
+        >>> plan_steps(1000, Pace(step=2.0, validation=20.0))[:3]
+        (450, 5, 1000.0)
     """
     affordable = VALIDATION_SHARE * seconds / pace.validation if pace.validation else math.inf
     share = min(1.0, max(affordable, min_share))
     validations = max(1, int(min(affordable, _MAX_VALIDATIONS)))
-    to_validate = validations * share * pace.validation
-    steps = max(0, int((seconds - to_validate) / pace.step))
-    return Plan(steps, validations, steps * pace.step + to_validate, share)
+    validation = share * pace.validation
+    after = afterwards(validation, share)
+    left = seconds - after - validations * validation
+    steps = max(0, int(left / pace.step))
+    total = steps * pace.step + validations * validation
+    return Plan(steps, validations, total, share, validation, after)
 
 
 def plan_training(
@@ -125,6 +138,7 @@ def plan_training(
     num_images: int,
     max_side: int,
     num_val: int = 0,
+    num_report: int = 0,
     enough_images: int = 0,
     min_side: int = 0,
     batch_multiple: int = 1,
@@ -146,6 +160,7 @@ def plan_training(
         num_images: images of an epoch.
         max_side: image size from which larger images are not worth their time.
         num_val: images of a validation.
+        num_report: images in which the report draws detections.
         enough_images: to train on in all, repetitions included.
         min_side: image size from which objects are large enough without P2.
         batch_multiple: of the batch size.
@@ -163,7 +178,14 @@ def plan_training(
     fixed_side |= any(map(recipe.states, ("data.image_size", "data.max_size")))
     fewer_val = num_val > MIN_VAL_IMAGES and not recipe.states("train.val_images")
     min_share = MIN_VAL_IMAGES / num_val if fewer_val else 1.0
-    plan = plan_steps(seconds, pace, min_share)
+
+    def fit(pace: Pace) -> Plan:
+        return plan_steps(seconds, pace, min_share, afterwards)
+
+    def afterwards(validation: float, share: float) -> float:
+        return seconds_afterwards(recipe, validation, share * num_val, num_report)
+
+    plan = fit(pace)
     while plan.steps < ENOUGH_STEPS:
         smaller = next_side(side, 1 / _SIDE_STEP)
         if not fixed_batch and can_halve(batch, batch_multiple):
@@ -172,7 +194,7 @@ def plan_training(
             side, pace = smaller, pace.at(smaller / side)
         else:
             break
-        plan = plan_steps(seconds, pace, min_share)
+        plan = fit(pace)
     fixed_p2 = not recipe.auto or any(map(recipe.states, ("model.p2", "anchors.sizes")))
     while plan.steps * batch < enough_images:
         smaller = next_side(side, 1 / _SIDE_STEP)
@@ -182,26 +204,26 @@ def plan_training(
             side, pace = smaller, pace.at(smaller / side)
         else:
             break
-        plan = plan_steps(seconds, pace, min_share)
+        plan = fit(pace)
     while not fixed_side and plan.steps * batch > _MANY_EPOCHS * num_images:
         larger = next_side(side, _SIDE_STEP)
-        if larger > max_side:
+        slower = pace.at(larger / side)
+        if larger > max_side or fit(slower).steps < ENOUGH_STEPS:
             break
-        side, pace = larger, pace.at(larger / side)
-        plan = plan_steps(seconds, pace, min_share)
+        side, pace = larger, slower
+        plan = fit(pace)
     small_batch = not (on_gpu or fixed_batch)
     while small_batch and plan.steps < FEW_STEPS and can_halve(batch, batch_multiple):
         batch, pace = batch // 2, Pace(pace.step / 2, pace.validation)
-        plan = plan_steps(seconds, pace, min_share)
-    pace = Pace(pace.step, plan.val_share * pace.validation)
+        plan = fit(pace)
     _check_long_enough(plan, pace, limit, elapsed)
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
     if not recipe.states("train.warmup_steps"):
         changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
-    if plan.val_share < 1:
-        changes["train.val_images"] = math.ceil(plan.val_share * num_val)
+    if (val_images := math.ceil(plan.val_share * num_val)) < num_val:
+        changes["train.val_images"] = val_images
     chosen = {"train.batch_size": batch, "data.image_size": side, "model.p2": p2}
     changes |= {name: value for name, value in chosen.items() if value != recipe.value(name)}
     return changes, plan
@@ -209,12 +231,12 @@ def plan_training(
 
 def _check_long_enough(plan: Plan, pace: Pace, limit: float, elapsed: float) -> None:
     if plan.steps < MIN_STEPS:
-        needed = elapsed + MIN_STEPS * pace.step + pace.validation
+        needed = elapsed + MIN_STEPS * pace.step + plan.validation + plan.after
         least = math.ceil(needed / (1 - 2 * _MARGIN))
         raise ConfigError(
             f"train.time {limit:g} s is too short: {MIN_STEPS} steps of {pace.step:.2g} s and a "
-            f"validation of {pace.validation:.0f} s take {needed:.0f} s with the start; give at "
-            f"least {least}s"
+            f"validation of {plan.validation:.0f} s take {needed:.0f} s with the start and the "
+            f"report; give at least {least}s"
         )
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, set_seed
@@ -25,7 +26,13 @@ from retinanet.model.backbone import check_weights_file
 from retinanet.model.precision import NAMES, choose_dtype
 from retinanet.own import import_own
 from retinanet.structures import Batch
-from retinanet.training.data import TrainingData, read_training_data, spread, tiles_to_train
+from retinanet.training.data import (
+    TrainingData,
+    images_to_validate,
+    read_training_data,
+    spread,
+    tiles_to_train,
+)
 from retinanet.training.events import EventCallback, ignore
 from retinanet.training.init import follow_checkpoint
 from retinanet.training.loop import Emitter, Trainer
@@ -45,11 +52,10 @@ from retinanet.training.step import Progress
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
 from retinanet.training.time_limit import (
     MIN_STEPS,
-    VALIDATION_SHARE,
+    REPORT_IMAGES,
     Pace,
+    Plan,
     plan_training,
-    seconds_afterwards,
-    seconds_to_train,
 )
 
 MakeTask = Callable[[TaskSettings], TrainingTask]
@@ -142,8 +148,9 @@ def run_task(
 ) -> Run:
     """Train a task; arguments, run folder and errors are those of :func:`train`."""
     started = time.monotonic() if started is None else started
-    RunFolder(out).check()
     accelerator = open_accelerator(device, recipe.train.trackers, Path(out))
+    if accelerator.is_main_process:
+        RunFolder(out).check()
     if accelerator.device.type == "cpu":
         keep_freed_memory()
 
@@ -159,7 +166,7 @@ def run_task(
         emit=emit,
     )
     run = RunFolder(out)
-    settings, pace = _resolve(make_task, settings, splits, run, started)
+    settings, plan = _resolve(make_task, settings, splits, run, started)
     recipe, splits = settings.recipe, replace(splits, train=settings.train_set)
     repeats = balance(splits.train, recipe.data)
     if repeats is not None and recipe.data.balance != "none":
@@ -190,13 +197,12 @@ def run_task(
         if recipe.train.trackers:
             accelerator.init_trackers("retinanet")
         set_seed(recipe.train.seed)
-        trainer = Trainer(task, _to_validate(splits.val, recipe), run, resume=stored is not None)
+        trainer = Trainer(task, splits.val, run, resume=stored is not None)
         if extends and more_epochs is not None:
             images = epoch_size(settings.train_set, recipe.data)
             trainer.extend(more_epochs, math.ceil(more_epochs * images / recipe.train.batch_size))
-        if pace is not None and trainer.val is not None:
-            share = len(trainer.val) / len(splits.val or trainer.val)
-            trainer.progress.validation_seconds = share * pace.validation
+        if plan is not None:
+            trainer.progress.validation_seconds = plan.validation
         with memory_errors(settings):
             exit_code = trainer.fit(started, lambda: emit.stop)
         return _result(run, trainer.progress, exit_code)
@@ -208,10 +214,10 @@ def _resolve(
     data: TrainingData,
     run: RunFolder,
     started: float,
-) -> tuple[TaskSettings, Pace | None]:
+) -> tuple[TaskSettings, Plan | None]:
     """Choose what the recipe leaves open, by the run to resume, else by data and machine."""
     recipe, stored = settings.recipe, run.stored_recipe()
-    pace = None
+    plan = None
 
     def of(recipe: Recipe) -> TaskSettings:
         return replace(settings, recipe=recipe, train_set=tiles_to_train(data.train_images, recipe))
@@ -233,11 +239,10 @@ def _resolve(
         if recipe.train.time is not None:
             timed = _fit_memory(make_task, of(recipe.choose(values(choices))))
             left = recipe.train.time - (time.monotonic() - started)
-            val = _to_validate(data.val, recipe)
-            pace = measure_pace(make_task, timed, val, left)
+            pace = measure_pace(make_task, timed, data.val, left)
             # All processes must make the same plan.
             pace, elapsed = broadcast_object_list([pace, time.monotonic() - started])
-            lengths = _plan_for_time(timed, pace, elapsed, len(val) if val else 0)
+            lengths, plan = _plan_for_time(timed, pace, elapsed, data.val)
             side, p2 = (lengths.pop(name, None) for name in ("data.image_size", "model.p2"))
             if side is not None or p2 is not None:
                 if not timed.recipe.model.p2:
@@ -246,7 +251,7 @@ def _resolve(
         if choices:
             settings.emit("choices", choices=[asdict(choice) for choice in choices])
         recipe = resolved(recipe.choose(values(choices) | lengths))
-    return _fit_memory(make_task, of(recipe)), pace
+    return _fit_memory(make_task, of(recipe)), plan
 
 
 def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
@@ -270,33 +275,23 @@ def _fit_memory(make_task: MakeTask, settings: TaskSettings) -> TaskSettings:
     return replace(settings, recipe=recipe.choose({"train.accumulate": parts}))
 
 
-def _to_validate(val: Dataset | None, recipe: Recipe) -> Dataset | None:
-    count = recipe.train.val_images
-    if val is None or count is None:
-        return val
-    # With and without objects in proportion, and at least one with objects.
-    images = sorted(val.images, key=lambda image: not image.has_object)
-    return spread(replace(val, images=tuple(images)), count)
-
-
 def _plan_for_time(
-    settings: TaskSettings, pace: Pace, elapsed: float, num_val: int
-) -> dict[str, Any]:
+    settings: TaskSettings, pace: Pace, elapsed: float, val: Dataset | None
+) -> tuple[dict[str, Any], Plan]:
     """Return the settings with which the training fits into its time limit."""
     recipe, train_set = settings.recipe, settings.train_set
     num_images = epoch_size(train_set, recipe.data)
     on_gpu = settings.accelerator.device.type != "cpu"
     need = needs(train_set, num_images, on_gpu=on_gpu)
-    longest = VALIDATION_SHARE * seconds_to_train(recipe.train.time or 0.0)
-    share = min(1.0, longest / pace.validation) if pace.validation else 1.0
-    after = seconds_afterwards(recipe, share * pace.validation, share * num_val)
+    num_val = 0 if val is None else len(images_to_validate(val, recipe))
     changes, plan = plan_training(
         recipe,
         pace,
-        elapsed + after,
+        elapsed,
         num_images=num_images,
         max_side=need.max_side,
         num_val=num_val,
+        num_report=0 if val is None else min(REPORT_IMAGES, len(val)),
         enough_images=need.images,
         min_side=need.min_side,
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -313,7 +308,7 @@ def _plan_for_time(
         f"steps of {batch} images of {side} px{without} in {plan.seconds:.0f} s, validated "
         f"{'once' if plan.validations == 1 else f'{plan.validations} times'}{few}",
     )
-    return changes
+    return changes, plan
 
 
 @contextmanager
@@ -338,8 +333,13 @@ def measure_pace(
             return Pace(step, 0.0)
         if MIN_STEPS * step > seconds_left:
             return Pace(step, step * VALIDATION_COST * len(val) / settings.batch_size)
-        # An image is many tiles.
-        few = spread(val, 2 * settings.batch_size if settings.recipe.data.tile is None else 1)
+        val = images_to_validate(val, settings.recipe)
+        few = spread(val, 2 * settings.batch_size)
+        if settings.recipe.data.tile is not None:  # an image is many tiles: one of mean area
+            areas = [(image.width or 0) * (image.height or 0) for image in val.images]
+            middle = mean(areas)
+            nearest = min(range(len(val)), key=lambda i: abs(areas[i] - middle))
+            few = replace(val, images=val.images[nearest : nearest + 1])
         begun = time.perf_counter()
         trainer.task.validate(trainer.model, few, 0)
         return Pace(step, (time.perf_counter() - begun) * len(val) / len(few))
