@@ -235,7 +235,8 @@ def _resolve(
             on_gpu=settings.accelerator.device.type != "cpu",
             processes=settings.accelerator.num_processes,
         )
-        choices, lengths = choose(), {}
+        choices = choose()
+        lengths: dict[str, Any] = {}
         if recipe.train.time is not None:
             timed = _fit_memory(make_task, of(recipe.choose(values(choices))))
             left = recipe.train.time - (time.monotonic() - started)
