@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from retinanet.config import Recipe
@@ -176,15 +176,7 @@ def plan_training(
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
     fixed_side = not recipe.auto or recipe.data.tile is not None
     fixed_side |= any(map(recipe.states, ("data.image_size", "data.max_size")))
-    fewer_val = num_val > MIN_VAL_IMAGES and not recipe.states("train.val_images")
-    min_share = MIN_VAL_IMAGES / num_val if fewer_val else 1.0
-
-    def fit(pace: Pace) -> Plan:
-        return plan_steps(seconds, pace, min_share, afterwards)
-
-    def afterwards(validation: float, share: float) -> float:
-        return seconds_afterwards(recipe, validation, share * num_val, num_report)
-
+    fit = _planner(recipe, seconds, num_val, num_report)
     plan = fit(pace)
     while plan.steps < ENOUGH_STEPS:
         smaller = next_side(side, 1 / _SIDE_STEP)
@@ -210,13 +202,31 @@ def plan_training(
         slower = pace.at(larger / side)
         if larger > max_side or fit(slower).steps < ENOUGH_STEPS:
             break
-        side, pace = larger, slower
-        plan = fit(pace)
+        side, pace, plan = larger, slower, fit(slower)
     small_batch = not (on_gpu or fixed_batch)
     while small_batch and plan.steps < FEW_STEPS and can_halve(batch, batch_multiple):
         batch, pace = batch // 2, Pace(pace.step / 2, pace.validation)
         plan = fit(pace)
     _check_long_enough(plan, pace, limit, elapsed)
+    chosen = {"train.batch_size": batch, "data.image_size": side, "model.p2": p2}
+    return _changes(recipe, plan, chosen, num_val), plan
+
+
+def _planner(
+    recipe: Recipe, seconds: float, num_val: int, num_report: int
+) -> Callable[[Pace], Plan]:
+    """Return :func:`plan_steps` for a training, as a function of its pace."""
+    fewer_val = num_val > MIN_VAL_IMAGES and not recipe.states("train.val_images")
+    min_share = MIN_VAL_IMAGES / num_val if fewer_val else 1.0
+
+    def afterwards(validation: float, share: float) -> float:
+        return seconds_afterwards(recipe, validation, share * num_val, num_report)
+
+    return lambda pace: plan_steps(seconds, pace, min_share, afterwards)
+
+
+def _changes(recipe: Recipe, plan: Plan, chosen: Mapping[str, Any], num_val: int) -> dict[str, Any]:
+    """Return the settings of a plan, and those of `chosen` that are not the recipe's."""
     changes: dict[str, Any] = {"train.steps": plan.steps, "train.epochs": None}
     if not recipe.states("train.validate_every"):
         changes["train.validate_every"] = float(plan.period)
@@ -224,9 +234,7 @@ def plan_training(
         changes["train.warmup_steps"] = short_warmup(recipe.train, plan.steps)
     if (val_images := math.ceil(plan.val_share * num_val)) < num_val:
         changes["train.val_images"] = val_images
-    chosen = {"train.batch_size": batch, "data.image_size": side, "model.p2": p2}
-    changes |= {name: value for name, value in chosen.items() if value != recipe.value(name)}
-    return changes, plan
+    return changes | {name: value for name, value in chosen.items() if value != recipe.value(name)}
 
 
 def _check_long_enough(plan: Plan, pace: Pace, limit: float, elapsed: float) -> None:
