@@ -178,7 +178,7 @@ def test_time_is_left_for_tuning_and_for_the_detections_of_the_report() -> None:
     assert seconds_afterwards(recipe, 0.0, 0, 0) == 0.0
     # 964 s: 95 s for a validation of 20 images, which it has again for tuning twice, and 29 s.
     tuned = ("train.tune_detection=true", "train.batch_size=8", "data.image_size=384")
-    changes, planned = plan(1000, Pace(2.0, 193.0), *tuned, num_val=40, num_report=6)
+    changes, planned = plan(1000, Pace(2.0, 193.0), *tuned, num_val=40, num_split=6)
     assert changes["train.val_images"] == 20
     assert planned.after == pytest.approx(2 * 96.4 + 6 * 193 / 40)
     assert planned.steps == int((964 - 3 * 96.4 - 28.95) / 2)

@@ -50,7 +50,6 @@ from retinanet.training.step import (
 from retinanet.training.task import TrainingTask
 from retinanet.training.time_limit import (
     MIN_STEPS,
-    REPORT_IMAGES,
     Pacer,
     seconds_afterwards,
     seconds_to_train,
@@ -106,7 +105,7 @@ class Trainer:
         """Build the model and its optimizer, and restore the saved state to `resume`."""
         self.task, self.run = task, run
         self.val = None if val is None else images_to_validate(val, task.settings.recipe)
-        self._num_report = 0 if val is None else min(REPORT_IMAGES, len(val))
+        self._num_split = 0 if val is None else len(val)
         self._settings = settings = task.settings.recipe.train
         self._accelerator, self._emit = task.settings.accelerator, task.settings.emit
         self._is_main = self._accelerator.is_main_process
@@ -333,7 +332,7 @@ class Trainer:
         validation = progress.validation_seconds
         num_val = len(self.val) if self.val is not None else 0
         recipe = self.task.settings.recipe
-        after = seconds_afterwards(recipe, validation, num_val, self._num_report)
+        after = seconds_afterwards(recipe, validation, num_val, self._num_split)
         return Pacer(begun + seconds_to_train(limit) - after, period, validation)
 
     def _keep_time(self, pacer: Pacer) -> None:

@@ -89,18 +89,19 @@ def seconds_to_train(limit: float) -> float:
     return limit - _MARGIN * limit - min(_REPORT_SECONDS, _MARGIN * limit)
 
 
-def seconds_afterwards(recipe: Recipe, validation: float, num_val: float, num_report: int) -> float:
+def seconds_afterwards(recipe: Recipe, validation: float, num_val: float, num_split: int) -> float:
     """Estimate the seconds of choosing the post-processing and of the report's detections.
 
     Args:
         recipe: all settings.
         validation: seconds of a validation.
         num_val: its images.
-        num_report: images in which the report draws detections.
+        num_split: images of the whole split, in some of which the report draws detections.
     """
     is_tuned = recipe.train.tune_detection and recipe.data.tile is None
     seconds = _TUNING_VALIDATIONS * validation if is_tuned else 0.0
-    return seconds + (validation / num_val * num_report if num_val else 0.0)
+    drawn = min(REPORT_IMAGES, num_split)
+    return seconds + (validation / num_val * drawn if num_val else 0.0)
 
 
 def plan_steps(
@@ -138,7 +139,7 @@ def plan_training(
     num_images: int,
     max_side: int,
     num_val: int = 0,
-    num_report: int = 0,
+    num_split: int = 0,
     enough_images: int = 0,
     min_side: int = 0,
     batch_multiple: int = 1,
@@ -160,7 +161,7 @@ def plan_training(
         num_images: images of an epoch.
         max_side: image size from which larger images are not worth their time.
         num_val: images of a validation.
-        num_report: images in which the report draws detections.
+        num_split: images of the whole split, in some of which the report draws detections.
         enough_images: to train on in all, repetitions included.
         min_side: image size from which objects are large enough without P2.
         batch_multiple: of the batch size.
@@ -176,7 +177,7 @@ def plan_training(
     fixed_batch = not recipe.auto or recipe.states("train.batch_size")
     fixed_side = not recipe.auto or recipe.data.tile is not None
     fixed_side |= any(map(recipe.states, ("data.image_size", "data.max_size")))
-    fit = _planner(recipe, seconds, num_val, num_report)
+    fit = _planner(recipe, seconds, num_val, num_split)
     plan = fit(pace)
     while plan.steps < ENOUGH_STEPS:
         smaller = next_side(side, 1 / _SIDE_STEP)
@@ -213,14 +214,14 @@ def plan_training(
 
 
 def _planner(
-    recipe: Recipe, seconds: float, num_val: int, num_report: int
+    recipe: Recipe, seconds: float, num_val: int, num_split: int
 ) -> Callable[[Pace], Plan]:
     """Return :func:`plan_steps` for a training, as a function of its pace."""
     fewer_val = num_val > MIN_VAL_IMAGES and not recipe.states("train.val_images")
     min_share = MIN_VAL_IMAGES / num_val if fewer_val else 1.0
 
     def afterwards(validation: float, share: float) -> float:
-        return seconds_afterwards(recipe, validation, share * num_val, num_report)
+        return seconds_afterwards(recipe, validation, share * num_val, num_split)
 
     return lambda pace: plan_steps(seconds, pace, min_share, afterwards)
 

@@ -52,7 +52,6 @@ from retinanet.training.step import Progress
 from retinanet.training.task import RetinaNetTask, TaskSettings, TrainingTask
 from retinanet.training.time_limit import (
     MIN_STEPS,
-    REPORT_IMAGES,
     Pace,
     Plan,
     plan_training,
@@ -292,7 +291,7 @@ def _plan_for_time(
         num_images=num_images,
         max_side=need.max_side,
         num_val=num_val,
-        num_report=0 if val is None else min(REPORT_IMAGES, len(val)),
+        num_split=0 if val is None else len(val),
         enough_images=need.images,
         min_side=need.min_side,
         batch_multiple=settings.accelerator.num_processes * recipe.train.accumulate,
@@ -332,9 +331,9 @@ def measure_pace(
         step = trainer.time_steps(seconds_left)
         if val is None or not len(val):
             return Pace(step, 0.0)
+        val = images_to_validate(val, settings.recipe)
         if MIN_STEPS * step > seconds_left:
             return Pace(step, step * VALIDATION_COST * len(val) / settings.batch_size)
-        val = images_to_validate(val, settings.recipe)
         few = spread(val, 2 * settings.batch_size)
         if settings.recipe.data.tile is not None:  # an image is many tiles: one of mean area
             areas = [(image.width or 0) * (image.height or 0) for image in val.images]
